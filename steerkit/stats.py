@@ -1,0 +1,125 @@
+"""Intervals for every number: bootstrap over samples or over groups of samples, paired differences, the noise floor."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its interval: `n` samples, in `groups` independent groups where samples are clustered.
+
+    `low` and `high` are nan where fewer than two independent units were seen: then there is no interval to give.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    groups: int | None = None
+
+    def __str__(self) -> str:
+        within = f"[{_short(self.low)}, {_short(self.high)}]" if np.isfinite(self.low) else "[no interval]"
+        return f"{_short(self.value)} {within}, n = {self.n}" + (f" in {self.groups} groups" if self.groups else "")
+
+    def __contains__(self, number: float) -> bool:
+        return bool(self.low <= number <= self.high)
+
+    def excludes(self, null: float = 0.0) -> bool:
+        """Tell whether the whole interval lies on one side of `null`."""
+        return bool(self.low > null or self.high < null)
+
+
+def _short(number: float) -> str:
+    return f"{number:.2f}" if 0.01 <= abs(number) < 100 or number == 0 else f"{number:.3g}"
+
+
+def _clean(values, name: str = "values") -> np.ndarray:
+    values = np.asarray(values, dtype=float)
+    if values.ndim == 0 or len(values) == 0:
+        raise ValueError(f"expected at least one sample in `{name}`, got {values.shape}")
+    if bad := int((~np.isfinite(values)).sum()):
+        raise ValueError(
+            f"expected finite numbers in `{name}`, got {bad} of {values.size} that are not: drop them and say so"
+        )
+    return values
+
+
+def _draws(n: int, groups: Sequence | np.ndarray | None, n_boot: int, seed: int):
+    """Yield `n_boot` index arrays: samples drawn with replacement, or whole groups drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    if groups is None:
+        for _ in range(n_boot):
+            yield rng.integers(n, size=n)
+        return
+    _, label = np.unique(np.asarray(groups), return_inverse=True)
+    members = [np.flatnonzero(label == g) for g in range(label.max() + 1)]
+    for _ in range(n_boot):
+        yield np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
+
+
+def bootstrap(
+    values,
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    *,
+    n_boot: int = 2000,
+    level: float = 0.95,
+    groups: Sequence | np.ndarray | None = None,
+    seed: int = 0,
+) -> Interval:
+    """Return `statistic(values)` with its percentile bootstrap interval (Efron 1979).
+
+    `values` is [n] or [n, columns]; samples are rows, and `statistic` maps such an array to a number. With `groups`
+    (one label a sample: the prompt, the topic) whole groups are drawn: samples that share one are not independent.
+    Raises ValueError for no samples, numbers that are not finite, or labels that do not fit.
+
+    Example: `bootstrap([0.2, 0.4, 0.9], groups=["a", "a", "b"])`
+    """
+    values = _clean(values)
+    if groups is not None and len(groups) != len(values):
+        raise ValueError(f"expected one group label for each of {len(values)} samples, got {len(groups)}")
+    if not 0 < level < 1 or n_boot < 100:
+        raise ValueError(f"expected 0 < level < 1 and n_boot >= 100, got {level} and {n_boot}")
+    units = len(values) if groups is None else len(np.unique(np.asarray(groups)))
+    low = high = float("nan")
+    if units > 1:
+        drawn = [statistic(values[rows]) for rows in _draws(len(values), groups, n_boot, seed)]
+        low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    return Interval(float(statistic(values)), low, high, len(values), None if groups is None else units)
+
+
+def paired_difference(a, b, statistic: Callable[[np.ndarray], float] = np.mean, **options) -> Interval:
+    """Return `statistic(a) - statistic(b)` for two conditions measured on the same samples, with its interval.
+
+    a, b: [n] in the same order; pairs are drawn together, so what they share cancels. Options as in `bootstrap`.
+
+    Example: `paired_difference(steered, baseline, groups=prompts).excludes(0)`
+    """
+    a, b = _clean(a, "a"), _clean(b, "b")
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"expected two arrays of equal length, got shapes {a.shape} and {b.shape}")
+    return bootstrap(np.stack([a, b], axis=1), lambda rows: statistic(rows[:, 0]) - statistic(rows[:, 1]), **options)
+
+
+def noise_floor(
+    values,
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    *,
+    n_boot: int = 2000,
+    level: float = 0.95,
+    groups: Sequence | np.ndarray | None = None,
+    seed: int = 0,
+) -> float:
+    """Return the difference that two runs of one condition, each as large as `values`, show by chance alone.
+
+    It is the `level` quantile of |statistic(run 1) - statistic(run 2)|, both runs drawn from `values` with replacement
+    (whole groups with `groups`); for a mean about 1.96 sqrt(2 / n) times the standard deviation. A gap between two
+    conditions below it says nothing.
+
+    Example: `noise_floor(baseline_scores, groups=prompts)`
+    """
+    values = _clean(values)
+    first = [statistic(values[rows]) for rows in _draws(len(values), groups, n_boot, seed)]
+    second = [statistic(values[rows]) for rows in _draws(len(values), groups, n_boot, seed + 1)]
+    return float(np.quantile(np.abs(np.subtract(first, second)), level))

@@ -1,0 +1,156 @@
+"""A `SteeringVector`, and the recipes that make one."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from steerkit.features import ordinary_positions, residuals, token_batches
+from steerkit.hooks import Ablate, Add
+from steerkit.paths import write_atomic
+
+
+@dataclass(frozen=True)
+class SteeringVector:
+    """A unit direction in the residual stream after block `layer`, with where it fits and how it was made.
+
+    `weight` multiplies the scale (1.0 for a recipe's result), so that sums keep their proportions:
+    `0.5 * love + wedding`. Whatever is given as `direction` [d_model] is normalised.
+
+    Raises ValueError for a zero vector, NaN or infinity, or a sum over two layers or presets.
+
+    >>> v = SteeringVector("demo", torch.tensor([3.0, 4.0]), layer=0, preset="none")
+    >>> v.direction.tolist(), (-v).cosine(v)
+    ([0.6000000238418579, 0.800000011920929], -1.0)
+    """
+
+    name: str
+    direction: Float[Tensor, " d_model"]
+    layer: int
+    preset: str
+    made: dict = field(default_factory=dict)
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        vector = self.direction.detach().float().cpu()
+        if vector.ndim != 1:
+            raise ValueError(f"{self.name}: expected a direction of shape [d_model], got {list(vector.shape)}")
+        if not torch.isfinite(vector).all():
+            raise ValueError(f"{self.name}: expected finite numbers, got {int((~torch.isfinite(vector)).sum())} NaN or infinite entries")
+        if (norm := vector.norm()) == 0:
+            raise ValueError(f"{self.name}: expected a direction, got a zero vector")
+        if abs(float(norm) - 1) > 1e-6:  # a unit vector keeps its bits through save and load
+            vector = vector / norm
+        object.__setattr__(self, "direction", vector)
+
+    @property
+    def hook(self) -> str:
+        """The TransformerLens name of the place."""
+        return f"blocks.{self.layer}.hook_resid_post"
+
+    def edit(self, scale: float) -> Add:
+        """Return the edit that adds this vector with norm `scale` x `weight`, in residual units."""
+        return Add(self.layer, self.direction, scale * self.weight)
+
+    def ablation(self) -> Ablate:
+        """Return the edit that removes this direction."""
+        return Ablate(self.layer, self.direction)
+
+    def __mul__(self, factor: float) -> "SteeringVector":
+        sign = 1 if factor >= 0 else -1
+        return replace(self, direction=sign * self.direction, weight=abs(factor) * self.weight, name=f"{factor:g} {self.name}")
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "SteeringVector":
+        return replace(self, direction=-self.direction, name=f"-{self.name}")
+
+    def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        self._same_place(other)
+        total = self.weight * self.direction + other.weight * other.direction
+        return replace(self, name=f"{self.name} + {other.name}", direction=total, weight=float(total.norm()),
+                       made={"sum of": [self.made | {"name": self.name}, other.made | {"name": other.name}]})
+
+    def __sub__(self, other: "SteeringVector") -> "SteeringVector":
+        return self + (-other)
+
+    def cosine(self, other: "SteeringVector") -> float:
+        """Return the cosine between two directions."""
+        self._same_place(other)
+        return float(self.direction.double() @ other.direction.double())
+
+    def project(self, resid: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape"]:
+        """Return the component of a residual stream along this direction, in residual units."""
+        return resid @ self.direction.to(resid)
+
+    def _same_place(self, other: "SteeringVector") -> None:
+        mine, theirs = (self.preset, self.layer, len(self.direction)), (other.preset, other.layer, len(other.direction))
+        if mine != theirs:
+            raise ValueError(f"expected vectors of one place (preset, layer, width), got {mine} and {theirs}")
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file: the direction, and the rest as metadata."""
+        about = {"name": self.name, "layer": self.layer, "preset": self.preset, "made": self.made, "weight": self.weight}
+        return write_atomic(path, to_bytes({"direction": self.direction}, {"steering_vector": json.dumps(about)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SteeringVector":
+        """Read a vector written by `save`."""
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["steering_vector"])
+                return cls(direction=file.get_tensor("direction"), **about)
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: expected a steering vector written by SteeringVector.save, got {error}: make it again") from error
+
+
+def sae_row(sae, features: int | dict[int, float], *, layer: int, preset: str, name: str | None = None) -> SteeringVector:
+    """Return the SAE decoder row of a feature, or the weighted sum of several, normalised (SAE-TS section 5, baseline "SAE").
+
+    v = norm(sum_i w_i W_dec[i]).
+    """
+    weights = {features: 1.0} if isinstance(features, int) else features
+    d_sae = sae.W_dec.shape[0]
+    if bad := [i for i in weights if not 0 <= i < d_sae]:
+        raise ValueError(f"features: expected 0 to {d_sae - 1}, got {bad}")
+    direction = sum(w * sae.W_dec[i].detach() for i, w in weights.items())
+    return SteeringVector(name or "SAE row", direction, layer, preset, {"method": "sae_row", "features": {str(k): v for k, v in weights.items()}})
+
+
+def caa(
+    model: nn.Module, tokenizer, positive: Sequence[str], negative: Sequence[str], *, layer: int, preset: str, name: str = "CAA",
+    outlier: float = 10.0, include_first: bool = False,
+) -> SteeringVector:
+    """Return the contrastive activation vector: mean over positive prompts minus mean over negative prompts, normalised.
+
+    v = norm(mean_p mean_t h[t] - mean_n mean_t h[t]), as SAE-TS computes it, over each prompt's ordinary positions.
+    SAE-TS averages over the beginning-of-text token too (include_first=True). Where that token's norm is a hundred
+    times the others', as in the embedded model, it would turn prompt length into the main difference; hence the default.
+    """
+    if not positive or not negative:
+        raise ValueError(f"expected at least one positive and one negative prompt, got {len(positive)} and {len(negative)}")
+
+    def mean(prompts: Sequence[str]) -> Float[Tensor, " d_model"]:
+        total = []
+        for ids, mask in token_batches(tokenizer, prompts):
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            resid = residuals(model, ids, mask, layers=[layer])
+            keep = mask.bool() if include_first else ordinary_positions(
+                ids, mask, resid, special=tokenizer.all_special_ids, outlier=outlier)
+            total.append((resid[layer].float() * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp_min(1))
+        return torch.cat(total).mean(0)
+
+    made = {"method": "caa", "positive": len(positive), "negative": len(negative), "include_first": include_first}
+    return SteeringVector(name, mean(positive) - mean(negative), layer, preset, made)
+
+
+def random_direction(d_model: int, *, layer: int, preset: str, seed: int = 0) -> SteeringVector:
+    """Return a direction drawn uniformly from the sphere: the control of equal norm."""
+    draw = torch.randn(d_model, generator=torch.Generator().manual_seed(seed))
+    return SteeringVector("random direction", draw, layer, preset, {"method": "random", "seed": seed})

@@ -1,0 +1,144 @@
+"""The lock, pyproject.toml, environment.yml, the imports and this very environment agree; no package host is named."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+PROJECT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+
+
+def locked() -> dict[str, Version]:
+    lines = [s.strip() for s in (PROJECT / "requirements.lock").read_text().splitlines() if s.strip() and s[0] != "#"]
+    pairs = [re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", line) for line in lines]
+    assert all(pairs), [line for line, pair in zip(lines, pairs, strict=True) if not pair]
+    found = {canonicalize_name(pair[1]): Version(pair[2]) for pair in pairs}
+    assert len(found) == len(lines), "a package is pinned twice"
+    return found
+
+
+def needed(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+
+
+def test_this_environment_is_the_lock():
+    wrong = {
+        n: (str(v), metadata.version(n)) for n, v in locked().items() if metadata.version(n).split("+")[0] != str(v)
+    }
+    assert not wrong, f"(locked, installed): {wrong}; call `make .venv/.ready`"
+
+
+def test_the_lock_is_complete():
+    """Whatever a locked package requires is locked too, at a version that it accepts."""
+    pins, missing = locked(), []
+    for name in pins:
+        for requirement in map(Requirement, metadata.requires(name) or []):
+            theirs = canonicalize_name(requirement.name)
+            if name == "torch" and re.match(r"nvidia-|cuda-|triton", theirs):
+                continue  # torch pins its own GPU libraries, exactly, and only the GPU builds have them
+            if needed(requirement) and (
+                theirs not in pins or not requirement.specifier.contains(pins[theirs], prereleases=True)
+            ):
+                missing.append(f"{name} needs {requirement}, locked: {pins.get(theirs)}")
+    assert not missing
+
+
+def test_pyproject_is_satisfied_by_the_lock():
+    pins = locked()
+    wanted = PYPROJECT["project"]["dependencies"] + PYPROJECT["project"]["optional-dependencies"]["dev"]
+    for requirement in map(Requirement, wanted + PYPROJECT["build-system"]["requires"]):
+        assert canonicalize_name(requirement.name) in pins, requirement
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+def test_environment_yml_gives_conda_users_the_same_versions():
+    conda = yaml.safe_load((PROJECT / "environment.yml").read_text())
+    assert conda["name"] == "steerkit"
+    plain = [d for d in conda["dependencies"] if isinstance(d, str)]
+    python = next(d for d in plain if d.startswith("python="))
+    assert Version(python.split("=")[1]) in Requirement("python" + PYPROJECT["project"]["requires-python"]).specifier
+    assert sys.version_info[:2] == tuple(map(int, python.split("=")[1].split(".")[:2]))
+    (pip,) = [d["pip"] for d in conda["dependencies"] if isinstance(d, dict)]
+    assert pip == ["-r requirements.lock"], "versions live in the lock alone"
+    assert not {canonicalize_name(re.split("[=<>]", d)[0]) for d in plain} & set(locked()), (
+        "conda must not bring its own"
+    )
+
+
+def imports(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
+
+
+@pytest.mark.parametrize("folder", ["steerkit", "tests", "benchmarks"])
+def test_every_import_is_pinned(folder):
+    owners = metadata.packages_distributions()
+    pins, here = set(locked()), {"steerkit", "conftest", *(p.stem for p in (PROJECT / folder).rglob("*.py"))}
+    found = {name.split(".")[0] for path in (PROJECT / folder).rglob("*.py") for name in imports(path)}
+    loose = {
+        name
+        for name in found - set(sys.stdlib_module_names) - here
+        if not {canonicalize_name(owner) for owner in owners.get(name, [])} & pins
+    }
+    assert not loose
+    if folder == "steerkit":
+        declared = {canonicalize_name(Requirement(r).name) for r in PYPROJECT["project"]["dependencies"]}
+        stray = {
+            n
+            for n in found - set(sys.stdlib_module_names) - here
+            if not {canonicalize_name(o) for o in owners[n]} & declared
+        }
+        assert not stray, "imported by steerkit, and not among the dependencies in pyproject.toml"
+
+
+def test_no_package_host_and_no_machine_path_in_the_build():
+    for name in ("Makefile", "Snakefile", "requirements.lock", "environment.yml", "pyproject.toml", ".ci/run"):
+        text = (PROJECT / name).read_text()
+        assert not re.search(r"https?://|--(extra-)?index-url|--find-links|\+cu\d|\+cpu", text), name
+        assert not re.search(r"(?<![\w.])/(home|root|work|Users|opt)/", text), name
+
+
+def make(*arguments, **options) -> str:
+    done = subprocess.run(
+        ["make", "--no-print-directory", *arguments], cwd=PROJECT, capture_output=True, text=True, **options
+    )
+    return done.stdout + done.stderr
+
+
+def test_make_knows_its_targets_and_makes_the_environment_first():
+    for target in ("reproduce", "test", "lab", "bench", "publish", "lint"):
+        plan = make("--dry-run", target, "VENV=none-yet")
+        assert "-m venv none-yet" in plan and "install --quiet -r requirements.lock" in plan, target
+        assert "none-yet/bin/python -m" in plan.split("touch none-yet/.ready")[1] or target == "bench"
+
+
+def test_make_says_which_python_it_needs(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("make", "sh", "touch", "echo", "env"):
+        source = next(p for p in ("/usr/bin", "/bin") if Path(p, tool).exists())
+        (tools / tool).symlink_to(Path(source, tool))
+    said = make(
+        f"{tmp_path}/venv/.ready", f"VENV={tmp_path}/venv", env={"PATH": str(tools), "HOME": os.environ["HOME"]}
+    )
+    assert "Python 3.11 is needed" in said
+    assert not (tmp_path / "venv").exists()
+
+
+def test_citation_names_the_four_papers():
+    cff = yaml.safe_load((PROJECT / "CITATION.cff").read_text())
+    ids = {i["value"] for r in cff["references"] for i in r["identifiers"]}
+    assert ids == {"arXiv:2411.02193", "arXiv:2501.09929", "arXiv:2505.20063", "arXiv:2508.12535"}
+    assert cff["version"] == PYPROJECT["project"]["version"] and cff["license"] == PYPROJECT["project"]["license"]

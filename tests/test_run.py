@@ -1,0 +1,365 @@
+"""The runner, on small notebooks that are really run, alone and through make and Snakemake."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from steerkit import run
+
+PROJECT = Path(__file__).resolve().parent.parent
+PARAMETERS = """layer: int = 13  # residual stream after this block
+scales: list[float] = [0.0, 1.0]  # residual units
+out_dir: str = "runs/laptop/{name}"  # where results go
+figures_dir: str = "figures"  # where figures go"""
+OPEN = 'from steerkit.report import Book\nbook = Book("{name}", out_dir=out_dir, figures_dir=figures_dir)'
+METRIC = 'book.metric("layer", layer, n=len(scales))'
+
+
+def notebook(name, *body, parameters=PARAMETERS, needs=()):
+    cells = [
+        new_markdown_cell(f"# {name}"),
+        new_code_cell(parameters.format(name=name), metadata={"tags": ["parameters"]}),
+    ]
+    cells += [new_code_cell(source.format(name=name)) for source in body]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    ours = {"needs": list(needs), "data": ["data/a.txt"]}
+    return new_notebook(cells=cells, metadata={"kernelspec": kernel, "steerkit": ours})
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Return a function that makes a small project with the real steerkit inside, out of notebooks and their parameters."""
+    shutil.copytree(PROJECT / "steerkit", tmp_path / "steerkit", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("a")
+    (tmp_path / "requirements.lock").write_text("x==1\n")
+    (tmp_path / "notebooks" / "scales").mkdir(parents=True)
+
+    def make(notebooks, **scales):
+        for name, nb in notebooks.items():
+            nbformat.write(nb, tmp_path / "notebooks" / f"{name}.ipynb")
+        for scale, given in ({"laptop": dict.fromkeys(notebooks)} | scales).items():
+            text = yaml.safe_dump({"notebooks": given} | ({"figures": "figures"} if scale == "laptop" else {}))
+            (tmp_path / "notebooks" / "scales" / f"{scale}.yaml").write_text(text)
+        return tmp_path
+
+    return make
+
+
+def job(root, name="01_a", scale="laptop"):
+    return run.jobs(scale, root=root)[name]
+
+
+# ---------------------------------------------------------------------------------------------------- parameters
+def test_papermill_skips_what_we_refuse():
+    """The trap is real: papermill's own inspector does not see a line with two equal signs."""
+    from papermill.inspection import _infer_parameters
+
+    nb = notebook("01_a", parameters="layer: int = 13  # paper: layer = 12\nseed: int = 0")
+    assert [p.name for p in _infer_parameters(nbformat.from_dict(_tagged(nb)))] == ["seed"]
+    with pytest.raises(ValueError, match=r"papermill cannot read `layer: int = 13  # paper: layer = 12`"):
+        run.parameters(nb)
+
+
+def _tagged(nb):
+    for cell in nb.cells:
+        cell.metadata.setdefault("tags", [])
+    return nb
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("layer: int | None = 13", "papermill cannot read"),
+        ("path: Path = 'x'", "brackets only"),
+        ("a, b = 1, 2", "expected `name"),
+        ("import os", "expected `name"),
+        ("layer: int = 3 * 4", "literal"),
+        ("layer: int", "expected `name"),
+        ("layer: int = = 3", "plain Python"),
+    ],
+)
+def test_parameters_cell_is_refused(source, words):
+    with pytest.raises(ValueError, match=words):
+        run.parameters(notebook("01_a", parameters=source))
+
+
+def test_exactly_one_parameters_cell():
+    nb = notebook("01_a", "x")
+    nb.cells[2].metadata["tags"] = ["parameters"]
+    with pytest.raises(ValueError, match="exactly one"):
+        run.parameters(nb)
+    with pytest.raises(ValueError, match="exactly one"):
+        run.parameters(new_notebook(cells=[new_code_cell("x")]))
+
+
+SOURCE = (
+    "n: int = 3  # samples\nx: float = 0.5\nname: str = 'CAA'\non: bool = True\nlayers: list[int] = [3, 8]\n"
+    "grid: dict[str, list[float]] = {'a': [0.5]}\nplain = 3\nfree = None"
+)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"n": 4},
+        {"x": 1},
+        {"x": 1.5},
+        {"on": False},
+        {"layers": []},
+        {"grid": {"b": [1, 2.5]}},
+        {"plain": 4},
+        {"free": "x"},
+    ],
+)
+def test_fitting_values_pass(given):
+    values = run.check_parameters(
+        run.parameters(notebook("01_a", parameters=SOURCE.replace("{", "{{").replace("}", "}}"))), given
+    )
+    assert len(values) == 8 and given.items() <= values.items() and values["name"] == "CAA"
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"lyers": [3]}, "unknown parameter `lyers`: did you mean `layers`"),
+        ({"zzz": 3}, "the notebook declares n, x"),
+        ({"n": 3.0}, r"`n`: expected int, got 3.0 \(float\)"),
+        ({"n": True}, "expected int, got True"),
+        ({"n": "3"}, "expected int"),
+        ({"x": "0.5"}, "expected float"),
+        ({"on": 1}, "expected bool"),
+        ({"layers": [3, "8"]}, r"expected list\[int\]"),
+        ({"layers": 3}, r"expected list\[int\]"),
+        ({"grid": {"a": ["x"]}}, "expected dict"),
+        ({"plain": "four"}, "expected int"),
+    ],
+)
+def test_unknown_and_mistyped_values_are_errors(given, words):
+    declared = run.parameters(notebook("01_a", parameters=SOURCE.replace("{", "{{").replace("}", "}}")))
+    assert declared["n"].help == "samples"
+    with pytest.raises(ValueError, match=words):
+        run.check_parameters(declared, given)
+
+
+def test_wrong_values_stop_the_command_before_anything_runs(project, caplog):
+    root = project({"01_a": notebook("01_a", OPEN)}, smoke={"01_a": {"layr": 3}})
+    assert run.main(["notebook", "01", "--scale", "smoke", "--root", str(root)]) == 2
+    assert "did you mean `layer`" in caplog.text
+    assert run.main(["notebook", "01", "--root", str(root), "-p", "layer", "1.5"]) == 2
+    assert "expected int, got 1.5" in caplog.text
+    assert not list((root / "runs").rglob("*.ipynb"))
+    assert "layr" in run.table("smoke", root=root)
+
+
+# ---------------------------------------------------------------------------------------------------- one run
+def test_a_run_is_stamped_and_published_and_the_stamp_finds_every_change(project):
+    where = "import os, sys\nfrom pathlib import Path\nPath(out_dir).mkdir(parents=True, exist_ok=True)\n"
+    where += 'Path(out_dir, "where.txt").write_text(sys.executable + "|" + os.getcwd());'
+    root = project({"01_a": notebook("01_a", where, OPEN, METRIC, "book.close()")})
+    lines = []
+    record = run.execute(job(root), report=lines.append)
+    assert record["status"] == "done" and job(root).state == "done" and record["leaks"] == []
+    assert [line.rsplit(" ", 2)[0] for line in lines] == [f"[01_a] cell {i}/5" for i in range(1, 6)]
+    assert (root / "runs/laptop/01_a/where.txt").read_text() == f"{sys.executable}|{root.resolve()}"
+    executed = nbformat.read(root / "runs/laptop/01_a/01_a.ipynb", 4)
+    assert run.check_stamp(executed) == []
+    assert len(executed.cells) == 6, "nothing differs from the notebook's own values, so nothing is injected"
+    assert "papermill" not in json.dumps(executed.metadata).replace('"papermill": "', "")
+    assert executed.metadata.steerkit.stamp.parameters["scales"] == [0.0, 1.0]
+    assert "layer" in json.loads((root / "runs/laptop/01_a/results.json").read_text())
+
+    def after(change):
+        nb = nbformat.from_dict(json.loads(json.dumps(executed)))
+        change(nb)
+        return "; ".join(run.check_stamp(nb))
+
+    assert "cells changed" in after(lambda nb: nb.cells[0].update(source="# Another title"))
+    assert "cells changed" in after(lambda nb: nb.cells[2].update(source="x = 2"))
+    assert "outputs changed" in after(lambda nb: nb.cells[4].outputs[0]["data"].update({"text/plain": "layer: 99"}))
+    assert "not run once each" in after(lambda nb: nb.cells[4].update(execution_count=1))
+    assert "no outputs" in after(
+        lambda nb: [c.update(outputs=[], execution_count=None) for c in nb.cells if "outputs" in c]
+    )
+    assert "edited by hand" in after(lambda nb: nb.metadata.steerkit.stamp.update(scale="full"))
+    assert "no stamp" in after(lambda nb: nb.metadata.pop("steerkit"))
+    assert after(lambda nb: nb.metadata.update(custom="x")) == ""
+
+    assert run.publish(root=root) == {"01_a": "published"}
+    published = nbformat.read(root / "notebooks/01_a.ipynb", 4)
+    assert run.check_stamp(published) == [] and published.metadata.steerkit.data == ["data/a.txt"]
+    assert job(root).state == "done", "publishing changes outputs, not sources"
+    published.cells[0].source = "# Another title"
+    nbformat.write(published, root / "notebooks/01_a.ipynb")
+    assert "cells changed" in run.check_stamp(published)[0]
+    assert run.publish(root=root) == {"01_a": "refused: the notebook changed"}
+
+
+def test_other_values_are_injected_and_not_published(project):
+    root = project({"01_a": notebook("01_a", OPEN, METRIC, "book.close()")})
+    assert run.main(["notebook", "01", "--root", str(root), "-p", "layer", "18", "-p", "scales", "[2.0]"]) == 0
+    nb = nbformat.read(root / "runs/laptop/01_a/01_a.ipynb", 4)
+    assert nb.cells[2].source.split("\n")[1:3] == ["layer = 18", "scales = [2.0]"] and run.check_stamp(nb) == []
+    assert json.loads((root / "runs/laptop/01_a/results.json").read_text())["layer"]["value"] == 18
+    assert job(root).state == "its parameters changed"
+    assert "refused" in run.publish(root=root)["01_a"]
+
+
+@pytest.mark.parametrize(
+    "body, cell, line, what",
+    [
+        (["x = 1", "# a comment\ny = x / 0\nz = 2"], 3, "y = x / 0", "ZeroDivisionError: division by zero"),
+        (["import os\nos._exit(1)"], 2, "import os", "DeadKernelError"),
+        (["x = 1"], 2, "x = 1", "results.json"),
+    ],
+)
+def test_a_failing_notebook_says_where_and_why(project, caplog, body, cell, line, what):
+    root = project({"01_a": notebook("01_a", *body)})
+    assert run.main(["notebook", "01_a", "--root", str(root)]) == 1
+    error = job(root).record["error"]
+    assert (error["cell"], error["line"]) == (cell, line) and what in error["what"]
+    assert f"FAILED in cell {cell}/" in caplog.text and line in caplog.text and what in caplog.text
+    kept = [p.name for p in sorted((root / "runs/laptop/01_a").iterdir())]
+    assert kept == ["01_a.failed.ipynb", "status.json"]
+    assert job(root).state == "it failed last time"
+    assert "failed" in run.table("laptop", root=root)
+
+
+def test_machine_paths_are_found():
+    nb = notebook("01_a", "1", 'open("/home/ann/x.txt")')
+    nb.cells[2].outputs = [
+        new_output("stream", text="saved to /tmp/pytest-1/x and https://example.org/home/x and runs/work/x")
+    ]
+    nb.cells[3].outputs = [
+        new_output("display_data", data={"image/png": "AA/home/BB", "text/html": "<p>/Users/ann/.cache</p>"})
+    ]
+    found = [path for _, path in run.leaks(nb)]
+    assert found == ["/tmp/pytest-1/x", "/home/ann/x.txt", "/Users/ann/.cache"]
+
+
+def test_plain_papermill_runs_a_notebook_by_hand(project):
+    root = project({"01_a": notebook("01_a", OPEN, METRIC, "book.close()")})
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "notebooks/01_a.ipynb",
+        "out.ipynb",
+        "-p",
+        "layer",
+        "18",
+        "--no-progress-bar",
+    ]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    assert json.loads((root / "runs/laptop/01_a/results.json").read_text())["layer"]["value"] == 18
+
+
+# ---------------------------------------------------------------------------------------------------- the graph
+def test_the_key_follows_content_not_times(project):
+    root = project(
+        {"01_a": notebook("01_a", "1"), "02_b": notebook("02_b", "1", needs=["01_a"])}, smoke={"01_a": {"layer": 3}}
+    )
+    before = {name: j.key for name, j in run.jobs("laptop", root=root).items()}
+
+    def changed(path, text):
+        old = (root / path).read_text()
+        (root / path).write_text(text(old))
+        run.provenance.digest_files.cache_clear()
+        now = {name for name, j in run.jobs("laptop", root=root).items() if j.key != before[name]}
+        (root / path).write_text(old)
+        run.provenance.digest_files.cache_clear()
+        return now
+
+    os.utime(root / "notebooks/01_a.ipynb")
+    assert changed("data/a.txt", lambda s: s) == set()
+    assert changed("notebooks/01_a.ipynb", lambda s: s.replace("# 01_a", "# title")) == {"01_a", "02_b"}
+    assert changed("notebooks/02_b.ipynb", lambda s: s.replace("# 02_b", "# title")) == {"02_b"}
+    assert changed("notebooks/scales/laptop.yaml", lambda s: s.replace("02_b: null", "02_b: {layer: 4}")) == {"02_b"}
+    for path in ("steerkit/stats.py", "data/a.txt", "requirements.lock"):
+        assert changed(path, lambda s: s + "\n# more") == {"01_a", "02_b"}
+    (root / "data" / "unused.txt").write_text("x")  # the notebooks say that they use data/a.txt
+    assert changed("data/a.txt", lambda s: s) == set()
+    assert job(root, scale="smoke").key != before["01_a"]
+    assert job(root, scale="smoke").given["figures_dir"] == "runs/smoke/figures"
+
+
+@pytest.mark.parametrize(
+    "scales, words",
+    [
+        ({"odd": {"09_z": {}}}, "no notebooks/09_z.ipynb"),
+        ({"odd": {"02_b": {}}}, "02_b needs `01_a`"),
+        ({}, "unknown scale `odd`: there are laptop"),
+    ],
+)
+def test_a_wrong_scale_file_is_an_error(project, scales, words):
+    root = project({"01_a": notebook("01_a"), "02_b": notebook("02_b", needs=["01_a"])}, **scales)
+    with pytest.raises(ValueError, match=words):
+        run.jobs("odd", root=root)
+
+
+def test_select_by_number_and_name(project):
+    every = run.jobs("laptop", root=project({"01_a": notebook("01_a"), "02_b": notebook("02_b")}))
+    assert [j.name for j in run.select(every)] == ["01_a", "02_b"]
+    assert [run.select(every, wanted)[0].name for wanted in ("2", "02", "02_b")] == ["02_b"] * 3
+    with pytest.raises(ValueError, match="there are 01_a, 02_b"):
+        run.select(every, "3")
+
+
+def reproduce(root, *arguments):
+    """Call the project's own Makefile on a small project, with this environment and without fetching the model."""
+    venv = Path(sys.prefix)
+    command = [
+        "make",
+        "-o",
+        f"{venv}/.ready",
+        "-o",
+        "model",
+        "reproduce",
+        f"VENV={venv}",
+        f"PROJECT={root}",
+        *arguments,
+    ]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_make_reproduce_goes_on_after_a_failure_and_resumes(project):
+    figure = "import matplotlib.pyplot as plt\nfig, ax = plt.subplots()\nax.plot(scales, scales)\n"
+    figure += "ax.set(title='A line', xlabel='x', ylabel='y')\nbook.figure(fig, 'line', dict(x=scales))"
+    good = [OPEN, METRIC, "book.close()"]
+    root = project(
+        {
+            "01_a": notebook("01_a", OPEN, "scales[7]"),
+            "02_b": notebook("02_b", OPEN, figure, METRIC, "book.close()"),
+            "03_c": notebook("03_c", *good, needs=["01_a", "02_b"]),
+        }
+    )
+    code, text = reproduce(root)
+    assert code != 0
+    assert "[01_a] FAILED in cell 3/3: scales[7]\n[01_a] IndexError: list index out of range" in text
+    assert "[02_b] cell 3/5" in text and "[02_b] done" in text and "[03_c] cell" not in text
+    rows = {line.split()[0]: line for line in text.splitlines() if line[:1] == "0"}
+    assert "failed" in rows["01_a"] and "done" in rows["02_b"] and "waits for 01_a" in rows["03_c"]
+    results = json.loads((root / "runs/laptop/results.json").read_text())
+    assert results == {"02_b": {"layer": {"value": 13.0, "low": None, "high": None, "n": 2, "unit": ""}}}
+    assert (root / "runs/laptop/01_a/01_a.failed.ipynb").exists()
+    assert sorted(p.name for p in (root / "figures/02_b").iterdir()) == ["line.json", "line.png"]
+
+    nbformat.write(notebook("01_a", *good), root / "notebooks/01_a.ipynb")
+    code, text = reproduce(root)
+    assert code == 0, text
+    assert "[01_a] to run: the notebook changed" in text and "[02_b] up to date" in text
+    assert "[01_a] done" in text and "[03_c] done" in text and "[02_b] cell" not in text
+    assert not (root / "runs/laptop/01_a/01_a.failed.ipynb").exists()
+    assert run.main(["check", "--root", str(root)]) == 0
+
+    code, text = reproduce(root, "NOTEBOOK=02")
+    assert code == 0 and "[02_b] up to date" in text and "cell" not in text and "03_c" in text

@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+import scipy.stats
+
+from steerkit.stats import Interval, bootstrap, noise_floor, paired_difference
+
+RNG = np.random.default_rng(7)
+
+
+@pytest.mark.parametrize("statistic", [np.mean, np.median, np.std])
+def test_bootstrap_agrees_with_scipy(statistic):
+    values = RNG.gamma(2.0, size=60)
+    ours = bootstrap(values, statistic, n_boot=8000)
+    theirs = scipy.stats.bootstrap(
+        (values,), statistic, n_resamples=8000, method="percentile", rng=np.random.default_rng(1), vectorized=False
+    )
+    width = theirs.confidence_interval.high - theirs.confidence_interval.low
+    assert ours.value == pytest.approx(statistic(values))
+    assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.06 * width)
+    assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.06 * width)
+
+
+def test_interval_of_the_mean_covers_the_truth_as_often_as_promised():
+    hits = [3.0 in bootstrap(RNG.normal(3.0, 2.0, 40), n_boot=300, level=0.9, seed=i) for i in range(300)]
+    assert (
+        0.84 <= np.mean(hits) <= 0.95
+    )  # 0.9 promised; three standard errors of 300 trials, and a little small-n shortfall
+
+
+def test_width_matches_the_normal_formula():
+    values = RNG.normal(size=400)
+    got = bootstrap(values, n_boot=4000)
+    assert got.high - got.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.07)
+
+
+def test_groups_widen_the_interval_by_the_design_effect():
+    # 30 groups of 10 copies: the mean has the variance of 30 samples, not of 300
+    centres = RNG.normal(size=30)
+    values, groups = np.repeat(centres, 10), np.repeat(np.arange(30), 10)
+    clustered, naive, reduced = (
+        bootstrap(values, groups=groups, n_boot=4000),
+        bootstrap(values, n_boot=4000),
+        bootstrap(centres, n_boot=4000),
+    )
+    assert clustered.high - clustered.low == pytest.approx(reduced.high - reduced.low, rel=0.08)
+    assert (clustered.high - clustered.low) / (naive.high - naive.low) == pytest.approx(np.sqrt(10), rel=0.12)
+    assert (clustered.n, clustered.groups, naive.groups) == (300, 30, None)
+
+
+def test_groups_of_unequal_size_and_text_labels():
+    got = bootstrap([0.0, 0.0, 0.0, 1.0], groups=["a", "a", "a", "b"], n_boot=2000)
+    assert (got.value, got.low, got.high) == (0.25, 0.0, 1.0)  # either group can be missing from a draw
+
+
+def test_statistic_over_columns():
+    rows = RNG.random((50, 2))
+    got = bootstrap(rows, lambda r: 2 / (1 / r[:, 0].mean() + 1 / r[:, 1].mean()))
+    assert got.value == pytest.approx(scipy.stats.hmean(rows.mean(axis=0)))
+    assert got.low < got.value < got.high
+
+
+def test_paired_difference_agrees_with_the_t_interval_and_beats_the_unpaired_one():
+    base = RNG.normal(0, 5, 200)
+    a, b = base + RNG.normal(0.5, 1, 200), base
+    ours = paired_difference(a, b, n_boot=4000)
+    t = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert ours.value == pytest.approx((a - b).mean())
+    assert (ours.low, ours.high) == pytest.approx((t.low, t.high), abs=0.03)
+    assert ours.excludes(0) and not ours.excludes(ours.value)
+
+
+def test_same_seed_same_interval_other_seed_other_interval():
+    values = RNG.random(30)
+    assert bootstrap(values, seed=3) == bootstrap(values, seed=3) != bootstrap(values, seed=4)
+
+
+def test_noise_floor_matches_the_normal_formula():
+    values = RNG.normal(0, 2.0, 300)
+    assert noise_floor(values, n_boot=4000) == pytest.approx(1.96 * np.sqrt(2 / 300) * values.std(), rel=0.08)
+    groups = np.repeat(np.arange(30), 10)
+    assert noise_floor(np.repeat(values[:30], 10), groups=groups) > 2 * noise_floor(np.repeat(values[:30], 10))
+
+
+def test_one_independent_unit_has_no_interval():
+    for got in (bootstrap([0.5]), bootstrap([0.4, 0.6], groups=["a", "a"])):
+        assert got.value == 0.5 and np.isnan(got.low) and np.isnan(got.high)
+        assert "no interval" in str(got)
+        assert not got.excludes(0) and 0.5 not in got
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: bootstrap([]), "at least one"),
+        (lambda: bootstrap([1.0, float("nan")]), "1 of 2"),
+        (lambda: bootstrap([1.0, 2.0], groups=["a"]), "group label"),
+        (lambda: bootstrap([1.0, 2.0], level=95), "level"),
+        (lambda: paired_difference([1.0, 2.0], [1.0]), "equal length"),
+    ],
+)
+def test_errors_say_what_was_expected(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_text():
+    assert str(Interval(0.42, 0.38, 0.46, 90)) == "0.42 [0.38, 0.46], n = 90"
+    assert str(Interval(0.0004, 0.0, 1234.5, 90, 9)) == "0.0004 [0.00, 1.23e+03], n = 90 in 9 groups"

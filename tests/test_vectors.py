@@ -1,0 +1,90 @@
+"""Steering vectors: algebra, files, and the recipes against short oracles."""
+
+import pytest
+import tiny
+import torch
+
+from steerkit.features import residuals
+from steerkit.vectors import SteeringVector, caa, random_direction, sae_row
+
+D = tiny.D_MODEL
+
+
+def vector(values, name="v", layer=1, preset="tiny") -> SteeringVector:
+    return SteeringVector(name, torch.tensor(values), layer, preset, {"method": "by hand"})
+
+
+def test_sums_keep_proportions_and_negation_flips():
+    a, b = vector([1.0, 0.0], "a"), vector([0.0, 1.0], "b")
+    both = 3 * a + 4.0 * b
+    torch.testing.assert_close(both.direction, torch.tensor([0.6, 0.8]))
+    assert both.weight == pytest.approx(5.0) and (3 * a - 4 * b).direction[1] < 0
+    torch.testing.assert_close(both.edit(2.0).delta(torch.zeros(1, 1, 2))[0, 0], torch.tensor([6.0, 8.0]))
+    assert (-a).cosine(a) == pytest.approx(-1.0) and a.cosine(b) == 0.0
+    assert (-2 * a).direction.tolist() == [-1.0, 0.0]
+
+
+def test_project_is_the_dot_product():
+    v, h = vector([3.0, 4.0]), torch.tensor([[[1.0, 1.0], [0.0, 5.0]]])
+    torch.testing.assert_close(v.project(h), torch.tensor([[1.4, 4.0]]))
+
+
+def test_save_and_load_give_the_same_bits(tmp_path):
+    v = vector(torch.randn(D).tolist())
+    again = SteeringVector.load(v.save(tmp_path / "v.safetensors"))
+    assert torch.equal(v.direction, again.direction)
+    assert (v.name, v.layer, v.hook, v.preset, v.made, v.weight) == (again.name, again.layer, again.hook, again.preset, again.made, again.weight)
+
+
+def test_a_torn_file_or_another_file_is_a_clear_error(tmp_path):
+    path = vector([1.0, 2.0]).save(tmp_path / "v.safetensors")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="make it again"):
+        SteeringVector.load(path)
+
+
+@pytest.mark.parametrize("values,message", [([float("nan"), 1.0], "NaN"), ([float("inf"), 1.0], "infinite"), ([0.0, 0.0], "zero vector")])
+def test_bad_directions_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        vector(values)
+
+
+def test_vectors_of_two_places_do_not_mix():
+    with pytest.raises(ValueError, match="one place"):
+        vector([1.0, 0.0]) + vector([1.0, 0.0], layer=2)
+
+
+def test_sae_row_is_the_weighted_sum_of_decoder_rows():
+    sae = tiny.planted_sae()
+    v = sae_row(sae, {3: 1.0, 5: 2.0}, layer=1, preset="tiny")
+    oracle = sae.W_dec[3].double() + 2 * sae.W_dec[5].double()
+    torch.testing.assert_close(v.direction.double(), (oracle / oracle.norm()).detach(), rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="expected 0 to"):
+        sae_row(sae, -1, layer=1, preset="tiny")
+
+
+@pytest.mark.parametrize("include_first", [True, False])
+def test_caa_equals_a_loop_over_prompts(include_first):
+    """Mean over each prompt's tokens, mean over prompts, difference, norm; two different positives catch an early return."""
+    model, tok = tiny.model("llama"), tiny.tokenizer()
+    positive, negative = ["abc", "hello there"], ["xyz", "q", "more words"]
+
+    def mean(prompts):
+        rows = []
+        for p in prompts:
+            ids = torch.tensor([[1] + tok(p, add_special_tokens=False)["input_ids"]])
+            rows.append(residuals(model, ids, layers=[1])[1][0, 0 if include_first else 1:].double().mean(0))
+        return torch.stack(rows).mean(0)
+
+    oracle = mean(positive) - mean(negative)
+    got = caa(model, tok, positive, negative, layer=1, preset="tiny", include_first=include_first)
+    torch.testing.assert_close(got.direction.double(), oracle / oracle.norm(), rtol=1e-4, atol=1e-5)
+    swapped = caa(model, tok, negative, positive, layer=1, preset="tiny", include_first=include_first)
+    assert got.cosine(swapped) == pytest.approx(-1.0, abs=1e-5)
+    shuffled = caa(model, tok, positive[::-1], negative[::-1], layer=1, preset="tiny", include_first=include_first)
+    assert got.cosine(shuffled) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_random_directions_are_unit_and_differ_by_seed():
+    a, b = (random_direction(D, layer=0, preset="tiny", seed=s) for s in (0, 1))
+    assert float(a.direction.norm()) == pytest.approx(1.0) and abs(a.cosine(b)) < 0.5
