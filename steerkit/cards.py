@@ -29,9 +29,7 @@ class Card:
     why: str = ""
 
     def __str__(self) -> str:
-        lines = [
-            f"{r.quantity + ': ' if r.quantity else ''}paper {r.paper} | ours {r.ours} | {r.verdict}" for r in self.rows
-        ]
+        lines = [f"{r.quantity + ': ' if r.quantity else ''}paper {r.paper} | ours {r.ours} | {r.verdict}" for r in self.rows]
         return "\n".join(
             [
                 f"{self.claim}: {self.verdict}",
@@ -42,9 +40,7 @@ class Card:
 
     def _repr_html_(self) -> str:
         mark = dict(zip(VERDICTS, ("#009E73", "#0072B2", "#D55E00", "#7F7F7F"), strict=True))[self.verdict]
-        cells = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(v)}</td>" for v in asdict(r).values()) + "</tr>" for r in self.rows
-        )
+        cells = "".join("<tr>" + "".join(f"<td>{html.escape(v)}</td>" for v in asdict(r).values()) + "</tr>" for r in self.rows)
         why = f"<p>{html.escape(self.why)}</p>" if self.why else ""
         return (
             f'<div style="border-left: 4px solid {mark}; padding-left: 1em"><p><b>{html.escape(self.claim)}</b> &rarr; '
@@ -66,9 +62,7 @@ def verdict(paper, ours, *, tolerance: float | None = None, null: float = 0.0) -
         return "not testable here"
     theirs, mine = (x if isinstance(x, Interval) else Interval(float(x), float(x), float(x), 1) for x in (paper, ours))
     low, high = (mine.value if math.isnan(b) else b for b in (mine.low, mine.high))
-    if (low <= theirs.high and theirs.low <= high) or (
-        tolerance is not None and abs(mine.value - theirs.value) <= tolerance
-    ):
+    if (low <= theirs.high and theirs.low <= high) or (tolerance is not None and abs(mine.value - theirs.value) <= tolerance):
         return "replicates"
     side = math.copysign(1, theirs.value - null)
     return "same trend" if theirs.value != null and side * (low - null) > 0 and side * (high - null) > 0 else "differs"
@@ -99,9 +93,7 @@ def compare(
     if isinstance(paper, dict) and ours is None:
         mine = dict.fromkeys(theirs)
     if set(theirs) != set(mine):
-        raise ValueError(
-            f"card `{claim}`: expected the same keys for paper and ours, got {list(theirs)} and {list(mine)}"
-        )
+        raise ValueError(f"card `{claim}`: expected the same keys for paper and ours, got {list(theirs)} and {list(mine)}")
     if given is not None and given not in VERDICTS:
         raise ValueError(f"card `{claim}`: expected a verdict out of {VERDICTS}, got {given!r}")
     if given is None and any(isinstance(x, str) for x in [*theirs.values(), *mine.values()]):

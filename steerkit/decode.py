@@ -59,16 +59,22 @@ def draw(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"], samplin
     scaled = logits.float() / sampling.temperature
     if not sampling.top_k and sampling.top_p == 1:
         return _invert(scaled.softmax(-1), u)[:, 0]
-    k = min(sampling.top_k or 1024, scaled.shape[-1])
-    top, ids = scaled.topk(k, dim=-1)
-    total = scaled.logsumexp(-1, keepdim=True) if not sampling.top_k else top.logsumexp(-1, keepdim=True)
-    probs = (top - total).exp()
-    if not sampling.top_k and (probs.sum(-1) < sampling.top_p).any():  # a flat distribution: sort it whole
-        top, ids = scaled.sort(-1, descending=True)
-        probs = (top - total).exp()
-    before = probs.cumsum(-1) - probs
-    probs = probs.masked_fill(before >= sampling.top_p, 0.0)
-    return ids.gather(-1, _invert(probs, u))[:, 0]
+    if sampling.top_k:
+        top, ids = scaled.topk(min(sampling.top_k, scaled.shape[-1]), dim=-1)
+        return ids.gather(-1, _invert(_nucleus(top.softmax(-1), sampling.top_p), u))[:, 0]
+    top, ids = scaled.topk(min(256, scaled.shape[-1]), dim=-1)
+    probs = (top - scaled.logsumexp(-1, keepdim=True)).exp()
+    chosen = ids.gather(-1, _invert(_nucleus(probs, sampling.top_p), u))[:, 0]
+    flat = (probs.sum(-1) < sampling.top_p).nonzero()[:, 0]
+    if len(flat):  # few rows, and only they need the whole vocabulary sorted
+        probs, ids = scaled[flat].softmax(-1).sort(-1, descending=True)
+        chosen[flat] = ids.gather(-1, _invert(_nucleus(probs, sampling.top_p), u[flat]))[:, 0]
+    return chosen
+
+
+def _nucleus(probs: Float[Tensor, "rows n"], top_p: float) -> Float[Tensor, "rows n"]:
+    """Zero what comes after the smallest set of likeliest tokens whose mass reaches top_p; probs fall along a row."""
+    return probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
 
 
 def _invert(probs: Float[Tensor, "rows n"], u: Float[Tensor, " rows"]) -> Int[Tensor, "rows 1"]:
@@ -156,4 +162,11 @@ def _decode_steps(model, token, mask, cache, steering: Steering, tally: Tally, n
 
 def _forward(module, ids: Int[Tensor, "rows pos"], mask: Tensor, cache, **settings):
     position = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-    return module(input_ids=ids, attention_mask=mask.long(), position_ids=position, past_key_values=cache, use_cache=True, **settings)
+    return module(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=True,
+        **settings,
+    )

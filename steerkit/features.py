@@ -50,9 +50,19 @@ def residuals(
     return {layer: found[layer] for layer in layers}
 
 
+def next_token_losses(logits: Float[Tensor, "batch pos vocab"], ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch next"]:
+    """Return -log p(t_i | t_<i) in nats for every token but the first, in float32; pos - 1 = next numbers a row."""
+    flat = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    return flat.view(len(ids), -1)
+
+
 def ordinary_positions(
-    ids: Int[Tensor, "batch pos"], mask: Tensor | None, resid: dict[int, Float[Tensor, "batch pos d_model"]], *,
-    special: Sequence[int], outlier: float = 10.0,
+    ids: Int[Tensor, "batch pos"],
+    mask: Tensor | None,
+    resid: dict[int, Float[Tensor, "batch pos d_model"]],
+    *,
+    special: Sequence[int],
+    outlier: float = 10.0,
 ) -> Bool[Tensor, "batch pos"]:
     """Mark the positions that count: real, not the first token, not a special token, no outlier norm at any layer.
 
@@ -76,13 +86,22 @@ def token_batches(tokenizer, texts: Sequence[str], *, batch_size: int = 32, max_
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         width = max(map(len, part))
-        yield (torch.tensor([r + [pad] * (width - len(r)) for r in part]),
-               torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in part]))
+        yield (
+            torch.tensor([r + [pad] * (width - len(r)) for r in part]),
+            torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in part]),
+        )
 
 
 @torch.inference_mode()
 def feature_means(
-    model: nn.Module, tokenizer, sae, texts: Sequence[str], *, layer: int, outlier: float = 10.0, batch_size: int = 32,
+    model: nn.Module,
+    tokenizer,
+    sae,
+    texts: Sequence[str],
+    *,
+    layer: int,
+    outlier: float = 10.0,
+    batch_size: int = 32,
     max_tokens: int = 128,
 ) -> Float[Tensor, "texts d_sae"]:
     """Return each text's mean feature activations over its ordinary positions (encode first, then average).

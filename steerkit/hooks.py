@@ -6,7 +6,7 @@ its padding, and a token fed through a KV cache keeps its place.
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from steerkit.receipt import Receipt
 
 WINDOWS = ("all", "prompt", "last", "generated")
-BLOCK_PATHS = ("model.layers", "model.language_model.layers", "language_model.layers", "transformer.h", "gpt_neox.layers")
+BLOCK_PATHS = (
+    "model.layers",
+    "model.language_model.layers",
+    "language_model.layers",
+    "transformer.h",
+    "gpt_neox.layers",
+)
 
 
 def _direction(name: str, vector: Tensor) -> Tensor:
@@ -123,6 +129,11 @@ def _take(value, index: Tensor, vector_dims: int):
     return value[index.to(value.device)] if isinstance(value, Tensor) and value.ndim > vector_dims else value
 
 
+def _on(edit: Edit, device: torch.device) -> Edit:
+    tensors = {f.name: getattr(edit, f.name) for f in fields(edit) if isinstance(getattr(edit, f.name), Tensor)}
+    return replace(edit, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
 def _column(value, like: Tensor):
     value = torch.as_tensor(value).to(like)
     return value[:, None] if value.ndim else value
@@ -179,8 +190,16 @@ def steering(
     """
     receipt = Receipt(tokenizer)
     edits = [edits] if isinstance(edits, Edit) else list(edits)
-    with attached(model, Steering(edits, window=window, skip_first=skip_first, prompt_length=prompt_length,
-                                  receipt=receipt if record else None)):
+    with attached(
+        model,
+        Steering(
+            edits,
+            window=window,
+            skip_first=skip_first,
+            prompt_length=prompt_length,
+            receipt=receipt if record else None,
+        ),
+    ):
         yield receipt
 
 
@@ -188,7 +207,8 @@ def steering(
 def attached(model: nn.Module, steering: "Steering") -> Iterator[None]:
     """Hang the hooks of `steering` on `model` while the context is open."""
     check_edits(model, steering.edits)
-    blocks = residual_blocks(model)
+    blocks, device = residual_blocks(model), next(model.parameters()).device
+    steering.edits = [_on(edit, device) for edit in steering.edits]  # once, not at every call
     with ExitStack() as stack:
         stack.callback(model.base_model.register_forward_pre_hook(steering.enter, with_kwargs=True).remove)
         for layer in sorted({edit.layer for edit in steering.edits}):
@@ -234,7 +254,9 @@ class Steering:
         mask = kwargs.get("attention_mask")
         mask = torch.ones(batch, before + length, device=ids.device) if mask is None else mask
         if not isinstance(mask, Tensor) or mask.shape != (batch, before + length):
-            raise ValueError(f"attention_mask: expected {[batch, before + length]} (cache and call), got {list(getattr(mask, 'shape', [type(mask)]))}")
+            raise ValueError(
+                f"attention_mask: expected {[batch, before + length]} (cache and call), got {list(getattr(mask, 'shape', [type(mask)]))}"
+            )
         real = mask.bool()
         start = real[:, :before].sum(1)
         self.real = real[:, before:]

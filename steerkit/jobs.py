@@ -70,9 +70,7 @@ class Job:
         changed = [REASONS[k] for k, digest in self.parts.items() if record.get("parts", {}).get(k, digest) != digest]
         if changed:
             return ", ".join(changed)
-        return {"failed": "it failed last time", "running": "it was interrupted"}.get(
-            record.get("status"), "not run yet"
-        )
+        return {"failed": "it failed last time", "running": "it was interrupted"}.get(record.get("status"), "not run yet")
 
 
 def jobs(scale: str, *, root: Path = ROOT) -> dict[str, Job]:
@@ -100,9 +98,7 @@ def jobs(scale: str, *, root: Path = ROOT) -> dict[str, Job]:
         needs, data = tuple(meta.get("needs", ())), tuple(meta.get("data", ("data",)))
         if missing := [need for need in needs if need not in found]:
             raise ValueError(f"{name} needs `{missing[0]}`, which is not an earlier notebook of {scale}.yaml")
-        given = {"out_dir": f"runs/{scale}/{name}", "figures_dir": spec.get("figures", f"runs/{scale}/figures")} | (
-            given or {}
-        )
+        given = {"out_dir": f"runs/{scale}/{name}", "figures_dir": spec.get("figures", f"runs/{scale}/figures")} | (given or {})
         parts = {
             "notebook": provenance.source_digest(nb),
             "given": provenance.digest(given),
@@ -119,7 +115,5 @@ def select(every: dict[str, Job], wanted: str = "") -> list[Job]:
     """Return the job named by its number (01) or whole name, or all jobs for an empty string; else raise ValueError."""
     found = [job for name, job in every.items() if wanted in ("", name) or wanted.zfill(2) == name.split("_")[0]]
     if wanted and len(found) != 1:
-        raise ValueError(
-            f"expected the name or number of one notebook, got `{wanted}`: there are {', '.join(every) or 'none'}"
-        )
+        raise ValueError(f"expected the name or number of one notebook, got `{wanted}`: there are {', '.join(every) or 'none'}")
     return found

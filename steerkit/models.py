@@ -100,13 +100,18 @@ class Loaded:
 
 
 def open(
-    name: str | Preset, *, layers: Iterable[int] | None = None, device: str = "cpu",
-    dtype: str | torch.dtype | None = None, check: bool = True, saes: str | None = None,
+    name: str | Preset,
+    *,
+    layers: Iterable[int] | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    check: bool = True,
+    saes: str | None = None,
 ) -> Loaded:
     """Open a preset's model, tokenizer and SAEs.
 
     layers restricts the SAEs and loads them now; by default the primary layer's is loaded and the others on first use.
-    saes picks a named SAE set. check compares each SAE, when it is loaded, with the recorded FVU and L0 (`self_check`).
+    device: "auto" is a GPU where there is one. saes picks a named SAE set. check compares each SAE, when it is loaded, with the recorded FVU and L0 (`self_check`).
 
     Raises ValueError for an unknown preset or set, a layer without an SAE, a damaged, non-finite or mismatched SAE;
     PermissionError or ConnectionError when the hub does not give the files.
@@ -142,12 +147,11 @@ def open(
     return loaded
 
 
-def load_model(
-    spec: Preset, *, device: str = "cpu", dtype: str | torch.dtype | None = None
-) -> tuple[nn.Module, object]:
+def load_model(spec: Preset, *, device: str = "auto", dtype: str | torch.dtype | None = None) -> tuple[nn.Module, object]:
     """Return (causal LM in eval mode, tokenizer with the preset's first token, a pad token and left padding)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     path = str(fetch.embedded(spec.package)) if spec.package else spec.hub
     wanted = dtype or spec.dtype
     dtype = getattr(torch, str(wanted).removeprefix("torch."), None)
@@ -180,9 +184,7 @@ def _bridge(spec: Preset, hf: nn.Module, tokenizer):
     twin = copy.deepcopy(hf, {id(t): t for t in (*hf.parameters(), *hf.buffers())})
     tok = copy.deepcopy(tokenizer)
     tok.init_kwargs |= {"add_bos_token": True, "name_or_path": spec.name}  # else the bridge loads another tokenizer
-    bridge = TransformerBridge.boot_transformers(
-        spec.hub or spec.name, hf_model=twin, tokenizer=tok, device=str(hf.device), dtype=hf.dtype
-    )
+    bridge = TransformerBridge.boot_transformers(spec.hub or spec.name, hf_model=twin, tokenizer=tok, device=str(hf.device), dtype=hf.dtype)
     bridge.cfg.default_prepend_bos = tokenizer.bos_token is not None
     blocks = zip(residual_blocks(hf), residual_blocks(twin), strict=True)
     for ours, theirs in ((hf, twin), (hf.base_model, twin.base_model), *blocks):

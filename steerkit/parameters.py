@@ -37,9 +37,7 @@ def parameters(nb: dict) -> dict[str, Parameter]:
     try:
         body = ast.parse(cells[0].source).body
     except SyntaxError as exc:
-        raise ValueError(
-            f"parameters cell, line {exc.lineno}: expected plain Python, got `{(exc.text or '').strip()}`"
-        ) from None
+        raise ValueError(f"parameters cell, line {exc.lineno}: expected plain Python, got `{(exc.text or '').strip()}`") from None
     for node in body:
         line = cells[0].source.splitlines()[node.lineno - 1].strip()
         target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
@@ -56,9 +54,7 @@ def parameters(nb: dict) -> dict[str, Parameter]:
             default = ast.literal_eval(node.value)
         except ValueError:
             raise ValueError(f"parameters cell: the default must be a literal, got `{line}`") from None
-        found[target.id] = Parameter(
-            target.id, ast.unparse(annotation) if annotation else "", default, seen[target.id].help
-        )
+        found[target.id] = Parameter(target.id, ast.unparse(annotation) if annotation else "", default, seen[target.id].help)
     return found
 
 

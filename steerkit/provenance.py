@@ -100,9 +100,7 @@ def check_stamp(nb: dict) -> list[str]:
         problems.append("its cells were not run once each, from first to last")
     if not any(c.outputs for c in code):
         problems.append("it has no outputs")
-    problems += [
-        f"cell {i} ends in an error" for i, c in enumerate(code, 1) if any(o.output_type == "error" for o in c.outputs)
-    ]
+    problems += [f"cell {i} ends in an error" for i, c in enumerate(code, 1) if any(o.output_type == "error" for o in c.outputs)]
     return problems + [f"machine path in {where}: {path}" for where, path in leaks(nb)]
 
 

@@ -77,7 +77,9 @@ class Receipt:
         n, total = len(self.changed(row)), len(self.tokens[row])
         if not n:
             return f"row {row}: nothing changed ({total} positions, {self.n_pads[row]} pads)"
-        where = ", ".join(f"layer {at}: {len(self.changed(row, at))} x {self.ratio(row, at):.2f}" for at in self.layers if self.ratios[at][row])
+        where = ", ".join(
+            f"layer {at}: {len(self.changed(row, at))} x {self.ratio(row, at):.2f}" for at in self.layers if self.ratios[at][row]
+        )
         return f"row {row}: {n} of {total} positions changed, {self.n_pads[row]} pads untouched; mean |delta|/|resid| by {where}"
 
     def __str__(self) -> str:
@@ -86,7 +88,9 @@ class Receipt:
             lines.append(self.summary(row))
             cells = self._strip(row)
             top = max((r for _, r, _ in cells), default=0.0) or 1.0
-            lines.append("  " + "".join(f"[{t!s}]{SHADES[min(9, round(9 * r / top))]}" if r else t for t, r, _ in cells).replace("\n", "\\n"))
+            lines.append(
+                "  " + "".join(f"[{t!s}]{SHADES[min(9, round(9 * r / top))]}" if r else t for t, r, _ in cells).replace("\n", "\\n")
+            )
         if len(self) > 8:
             lines.append(f"... and {len(self) - 8} more rows")
         return "\n".join(lines) or "receipt: no forward call yet"
@@ -104,8 +108,10 @@ class Receipt:
                 label = html.escape(text).replace("\n", "\u21b5") or "&nbsp;"
                 title = f"position {position}: |delta|/|resid| = {ratio:.3f}"
                 spans.append(f'<span title="{title}" style="{shade};white-space:pre-wrap;padding:1px 0;border-radius:2px">{label}</span>')
-            parts.append(f'<div style="font-size:90%;margin-top:6px">{html.escape(self.summary(row))}</div>'
-                         f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}</div>')
+            parts.append(
+                f'<div style="font-size:90%;margin-top:6px">{html.escape(self.summary(row))}</div>'
+                f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}</div>'
+            )
         if len(self) > 8:
             parts.append(f"<div>... and {len(self) - 8} more rows</div>")
         return "".join(parts) or "<div>receipt: no forward call yet</div>"
@@ -123,9 +129,9 @@ class Tally:
     def add(self, layer: int, before: Float[Tensor, "batch pos d_model"], after: Float[Tensor, "batch pos d_model"]) -> None:
         """Count the changed positions of one layer and sum their |delta| / |resid|."""
         ratio = (after - before).float().norm(dim=-1) / before.float().norm(dim=-1).clamp_min(1e-30)
-        self.count += (after != before).any(-1).sum(1).cpu()
-        self.total += ratio.sum(1).cpu()
+        self.count = self.count.to(ratio.device) + (after != before).any(-1).sum(1)  # stays there: no wait for the device
+        self.total = self.total.to(ratio.device) + ratio.sum(1)
 
     def select(self, index: Int[Tensor, " n"]) -> None:
         """Keep, drop or repeat rows."""
-        self.count, self.total = self.count[index], self.total[index]
+        self.count, self.total = (v[index.to(v.device)] for v in (self.count, self.total))

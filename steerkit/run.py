@@ -95,9 +95,7 @@ def execute(job: Job, *, overrides: dict | None = None, report: Callable[[str], 
         values = check_parameters(declared, job.given)
     except ValueError as exc:
         error = {"cell": 0, "of": 0, "line": "parameters", "what": str(exc)}
-        write_atomic(
-            folder / "status.json", json.dumps({"status": "failed", "parts": job.parts, "error": error}, indent=1)
-        )
+        write_atomic(folder / "status.json", json.dumps({"status": "failed", "parts": job.parts, "error": error}, indent=1))
         raise
     changed = {n: v for n, v in values.items() if (v, type(v)) != (declared[n].default, type(declared[n].default))}
     total = sum(c.cell_type == "code" and bool(c.source.strip()) for c in source.cells) + bool(changed)
@@ -166,9 +164,7 @@ def _tidy(nb: dict) -> dict:
 def status(chosen: Iterable[Job]) -> list[str]:
     """Return a line for each notebook: up to date, or why it has to run."""
     return [
-        f"[{j.name}] up to date (it took {j.record.get('seconds', 0):.0f} s)"
-        if j.state == "done"
-        else f"[{j.name}] to run: {j.state}"
+        f"[{j.name}] up to date (it took {j.record.get('seconds', 0):.0f} s)" if j.state == "done" else f"[{j.name}] to run: {j.state}"
         for j in chosen
     ]
 
@@ -248,9 +244,7 @@ def _command(args: argparse.Namespace) -> int:
     elif args.command == "check":
         import nbformat
 
-        bad = {
-            j.name: check_stamp(nbformat.read(root / j.executed, 4)) if j.state == "done" else [j.state] for j in chosen
-        }
+        bad = {j.name: check_stamp(nbformat.read(root / j.executed, 4)) if j.state == "done" else [j.state] for j in chosen}
         log.info("\n".join(f"[{name}] {'; '.join(problems) or 'stamp valid'}" for name, problems in bad.items()))
         return int(any(bad.values()))
     return 0
@@ -263,9 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", default="", help="number (01) or name of a notebook; none means all")
     parser.add_argument("--scale", default="laptop", help="a file of notebooks/scales, without .yaml")
     parser.add_argument("--root", type=Path, default=ROOT, help="project folder")
-    parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override a parameter"
-    )
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override a parameter")
     parser.add_argument("--key", default="", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)

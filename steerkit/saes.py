@@ -9,7 +9,11 @@ from steerkit.presets import Preset, SaeSet
 NO_LICENCE = "smollm2-135m (embedded), gpt2-small, pythia-70m, qwen3-1.7b"
 REFUSED = {"GatedRepoError", "RepositoryNotFoundError", "DisabledRepoError"}
 UNREACHABLE = {
-    "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ConnectionError",
+    "LocalEntryNotFoundError",
+    "OfflineModeIsEnabled",
+    "ConnectError",
+    "ConnectTimeout",
+    "ConnectionError",
     "HfHubHTTPError",
 }
 
@@ -51,9 +55,14 @@ def _gemma_3(repo_id: str, folder_name: str, device: str, force_download: bool, 
     state = {key.replace("w_", "W_"): value for key, value in state.items()}
     layer = folder_name.split("layer_")[1].split("_")[0]
     cfg = {
-        "architecture": "jumprelu", "d_in": state["W_enc"].shape[0], "d_sae": state["W_enc"].shape[1],
-        "model_name": repo_id.replace("gemma-scope-2", "gemma-3").removesuffix("-pt"), "prepend_bos": True,
-        "hook_name": f"blocks.{layer}.hook_resid_post", "apply_b_dec_to_input": False, "normalize_activations": "none",
+        "architecture": "jumprelu",
+        "d_in": state["W_enc"].shape[0],
+        "d_sae": state["W_enc"].shape[1],
+        "model_name": repo_id.replace("gemma-scope-2", "gemma-3").removesuffix("-pt"),
+        "prepend_bos": True,
+        "hook_name": f"blocks.{layer}.hook_resid_post",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
     }
     return cfg | cfg_overrides, state, None
 
@@ -79,9 +88,7 @@ def explain(error: Exception, what: str, spec: Preset) -> Exception:
             "Works without the hub: smollm2-135m."
         )
     if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(
-            f"{spec.name}: expected {what}, got no file ({got}). Restore data/ from version control or train it."
-        )
+        return FileNotFoundError(f"{spec.name}: expected {what}, got no file ({got}). Restore data/ from version control or train it.")
     return ValueError(
         f"{spec.name}: expected {what} to be whole, got {got}. The file is damaged or of another format: delete it "
         "from the hub cache so that it is fetched again, or restore data/ from version control."

@@ -5,50 +5,16 @@ import re
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from steerkit.hooks import residual_blocks
+from steerkit.features import ordinary_positions, residuals
 from steerkit.paths import DATA, write_atomic
 from steerkit.presets import SaeSet, presets
 
 log = logging.getLogger(__name__)
 FVU_SLACK, L0_SLACK = (0.02, 0.15), 0.15  # against recorded values: FVU absolute or relative, L0 relative
 FVU_BOUND, L0_FACTOR = 0.5, 3.0  # where nothing is recorded
-
-
-@torch.no_grad()
-def residuals(
-    hf: nn.Module, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], layers: list[int]
-) -> dict[int, Float[Tensor, "batch pos d_model"]]:
-    """Return the residual stream after each of `layers` (blocks, 0-based) for left-padded rows."""
-    kept: dict[int, Tensor] = {}
-    blocks = residual_blocks(hf)
-    if wrong := [layer for layer in layers if not 0 <= layer < len(blocks)]:
-        raise ValueError(f"layer: expected 0 to {len(blocks) - 1} for this model, got {wrong[0]}")
-    handles = [
-        blocks[layer].register_forward_hook(
-            lambda _m, _i, out, layer=layer: kept.__setitem__(layer, out[0] if isinstance(out, tuple) else out)
-        )
-        for layer in layers
-    ]
-    position = (mask.cumsum(-1) - 1).clamp(min=0)
-    try:
-        hf.base_model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return kept
-
-
-def usual(
-    resid: Float[Tensor, "batch pos d_model"], ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], *,
-    special: list[int], outlier: float,
-) -> Bool[Tensor, "batch pos"]:
-    """Mark the positions that count: no pad, not a row's first token, no special token, norm <= outlier x median."""
-    keep = (mask.cumsum(-1) > 1) & mask.bool() & ~torch.isin(ids, torch.tensor(special, device=ids.device))
-    norm = resid.float().norm(dim=-1)
-    return keep & (norm <= outlier * norm[keep].median())
 
 
 @torch.no_grad()
@@ -66,10 +32,13 @@ def quality(sae, x: Float[Tensor, "n d_model"]) -> dict[str, float]:
 def measure(loaded, saes: dict[int, object]) -> dict[int, dict[str, float]]:
     """Return `quality` per layer on the neutral texts of data/check_texts.txt."""
     ids, mask = loaded.tokens((DATA / "check_texts.txt").read_text().splitlines())
-    resid = residuals(loaded.hf, ids, mask, list(saes))
+    resid = residuals(loaded.hf, ids, mask, layers=list(saes))
     spec, special = loaded.preset, loaded.tokenizer.all_special_ids
     return {
-        layer: quality(sae, resid[layer][usual(resid[layer], ids, mask, special=special, outlier=spec.outlier)])
+        layer: quality(
+            sae,
+            resid[layer][ordinary_positions(ids, mask, {layer: resid[layer]}, special=special, outlier=spec.outlier)],
+        )
         for layer, sae in saes.items()
     }
 

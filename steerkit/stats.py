@@ -40,9 +40,7 @@ def _clean(values, name: str = "values") -> np.ndarray:
     if values.ndim == 0 or len(values) == 0:
         raise ValueError(f"expected at least one sample in `{name}`, got {values.shape}")
     if bad := int((~np.isfinite(values)).sum()):
-        raise ValueError(
-            f"expected finite numbers in `{name}`, got {bad} of {values.size} that are not: drop them and say so"
-        )
+        raise ValueError(f"expected finite numbers in `{name}`, got {bad} of {values.size} that are not: drop them and say so")
     return values
 
 

@@ -1,4 +1,4 @@
-"""Concepts to steer towards: what each one means, prompts for and against it, and sentences kept for checking judges."""
+"""Concepts to steer towards: what each means, prompts for and against it, and sentences kept for checking judges."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -48,7 +48,7 @@ def load_concept(path: str | Path) -> Concept:
     for key, least in MINIMUM.items():
         entries = content[key]
         if not isinstance(entries, list) or not all(isinstance(e, str) and e.strip() for e in entries):
-            raise ValueError(f"{path}: expected a list of non-empty strings under {key}; quote entries YAML reads otherwise")
+            raise ValueError(f"{path}: expected non-empty strings under {key}, got {entries!r:.60}; quote them")
         if len(entries) < least:
             raise ValueError(f"{path}: expected at least {least} entries under {key}, got {len(entries)}; add more")
     for group in (["lexicon"], [key for key in MINIMUM if key != "lexicon"]):

@@ -1,152 +1,22 @@
-"""Train sparse autoencoders for a preset: harvest activations once, train every layer from them."""
+"""Train sparse autoencoders for a preset: harvest activations once (shards.py), train every layer from them."""
 
+import copy
 import json
 import logging
-import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import save_file
+from jaxtyping import Float
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from steerkit.features import ordinary_positions, residuals
+from steerkit.paths import cache_dir, write_atomic
+from steerkit.shards import Recipe, Shards, harvest, read_shards
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What determines an SAE, apart from the model and the text.
-
-    `tokens` distinct tokens are harvested and seen `epochs` times in batches of `batch` tokens. `k` is the mean
-    number of active features per token (batch-top-k). `outlier` drops positions whose norm exceeds that many medians.
-    """
-
-    layers: tuple[int, ...]
-    d_sae: int = 4096
-    k: int = 32
-    tokens: int = 1_000_000
-    epochs: float = 3.0
-    batch: int = 1024
-    lr: float = 1e-3
-    context: int = 128
-    doc_tokens: int = 512
-    outlier: float = 10.0
-    shard_rows: int = 512
-    seed: int = 0
-
-    @property
-    def train_tokens(self) -> int:
-        """Training tokens, repeats counted, rounded down to whole batches."""
-        return int(self.tokens * self.epochs) // self.batch * self.batch
-
-
-def token_rows(dataset: str, tokenizer, recipe: Recipe, *, split: str = "train") -> Iterator[Int[Tensor, " context"]]:
-    """Yield packed rows of `recipe.context` tokens from a hub data set id, a folder, or a .jsonl(.gz)/.parquet file.
-
-    Records hold `text` or `messages` (role, content); each row starts with the beginning-of-text token.
-    """
-    from datasets import load_dataset
-    from sae_lens.tokenization_and_batching import concat_and_batch_sequences
-
-    kind = {".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet"}.get(Path(dataset).suffix)
-    if kind and Path(dataset).is_file():
-        records = load_dataset(kind, data_files=dataset, split="train", streaming=True)
-    else:
-        records = load_dataset(dataset, split=split, streaming=True)
-
-    def documents():
-        for record in records:
-            if record.get("messages"):
-                ids = tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=False)
-            elif record.get("text"):
-                ids = tokenizer(record["text"], add_special_tokens=False)["input_ids"]
-            else:
-                continue
-            yield torch.tensor(ids[: recipe.doc_tokens])
-
-    bos = tokenizer.bos_token_id
-    yield from concat_and_batch_sequences(
-        tokens_iterator=documents(), context_size=recipe.context, begin_batch_token_id=bos,
-        begin_sequence_token_id=None, sequence_separator_token_id=bos,
-    )
-
-
-@torch.no_grad()
-def harvest(model, tokenizer, dataset: str, folder: Path, recipe: Recipe, *, split: str = "train", llm_batch: int = 32) -> Path:
-    """Write the residual streams of `recipe.tokens` tokens to float16 safetensors shards; resumes at the first missing shard.
-
-    Rows go through the model once for all layers, in bfloat16 autocast. Each shard holds `tokens` and one
-    `layer_<L>` tensor [n, d_model] of the kept positions.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    rows, done, shard = token_rows(dataset, tokenizer, recipe, split=split), 0, 0
-    while done < recipe.tokens:
-        path = folder / f"shard_{shard:05d}.safetensors"
-        chunk = [row for _, row in zip(range(recipe.shard_rows), rows)]
-        if not chunk:
-            raise ValueError(f"{dataset} ended after {done} tokens; {recipe.tokens} were asked for: lower `tokens`")
-        if path.exists():
-            with safe_open(path, "pt") as f:
-                done += f.get_slice("tokens").get_shape()[0]
-            shard += 1
-            continue
-        parts = []
-        for batch in torch.stack(chunk).split(llm_batch):
-            batch = batch.to(model.device)
-            with torch.autocast(model.device.type, torch.bfloat16):
-                resid = residuals(model, batch, layers=recipe.layers)
-            keep = ordinary_positions(batch, None, resid, special=tokenizer.all_special_ids, outlier=recipe.outlier)
-            parts.append({f"layer_{n}": acts[keep].half().cpu() for n, acts in resid.items()} | {"tokens": batch[keep].int().cpu()})
-        temporary = path.with_suffix(".tmp")
-        save_file({name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}, temporary)
-        os.replace(temporary, path)
-        done += sum(len(p["tokens"]) for p in parts)
-        shard += 1
-        log.info("harvested %d of %d tokens", done, recipe.tokens)
-    return folder
-
-
-class Shards:
-    """Endless shuffled batches of harvested activations, one dict {layer name: [batch, d_model]} a step.
-
-    Groups of `group` shards are mixed together; `skip` batches are passed over, so a resumed run sees the same order.
-    """
-
-    def __init__(self, folder: Path, recipe: Recipe, *, group: int = 4, skip: int = 0, dtype=torch.float32):
-        self.paths = sorted(folder.glob("shard_*.safetensors"))
-        if not self.paths:
-            raise FileNotFoundError(f"no shards in {folder}: run `harvest` first")
-        self.recipe, self.group, self.dtype = recipe, group, dtype
-        self._batches = self._run(skip)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> dict[str, Float[Tensor, "batch d_model"]]:
-        return next(self._batches)
-
-    def _run(self, skip: int):
-        rng = torch.Generator().manual_seed(self.recipe.seed)
-        names = [f"layer_{layer}" for layer in self.recipe.layers]
-        while True:
-            order = torch.randperm(len(self.paths), generator=rng).tolist()
-            for start in range(0, len(order), self.group):
-                files = [safe_open(self.paths[i], "pt") for i in order[start : start + self.group]]
-                n = sum(f.get_slice("tokens").get_shape()[0] for f in files)
-                steps = list(torch.randperm(n, generator=rng).split(self.recipe.batch))
-                steps = [s for s in steps if len(s) == self.recipe.batch]
-                if skip >= len(steps):
-                    skip -= len(steps)
-                    continue
-                data = {name: torch.cat([f.get_tensor(name) for f in files]) for name in names}
-                for rows in steps[skip:]:
-                    yield {name: data[name][rows].to(self.dtype) for name in names}
-                skip = 0
 
 
 class QuickBatchTopK(torch.nn.Module):
@@ -170,7 +40,7 @@ class QuickBatchTopK(torch.nn.Module):
 
 
 def quick_sae(cfg):
-    """Return sae_lens's BatchTopKTrainingSAE with the quicker search."""
+    """Return sae_lens's BatchTopKTrainingSAE with the quicker search, and the dead-latent loss over the dead columns only."""
     from sae_lens import BatchTopKTrainingSAE
 
     class QuickBatchTopKSAE(BatchTopKTrainingSAE):
@@ -182,11 +52,29 @@ def quick_sae(cfg):
             if self.activation_fn.cut > 0:
                 self.topk_threshold = (1 - rate) * self.topk_threshold + rate * self.activation_fn.cut
 
+        def calculate_topk_aux_loss(self, sae_in, sae_out, hidden_pre, dead_neuron_mask):
+            dead = torch.tensor([]) if dead_neuron_mask is None else dead_neuron_mask.nonzero()[:, 0]
+            k_aux = sae_in.shape[-1] // 2
+            if not 0 < len(dead) <= k_aux:
+                return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
+            rows = self.W_dec[dead]  # so few that the top k_aux are all of them: no search, and a small product
+            recons = (hidden_pre[:, dead] / rows.norm(dim=-1)) @ rows
+            loss = (recons - (sae_in - sae_out).detach()).pow(2).sum(-1).mean()
+            return self.cfg.aux_loss_coefficient * len(dead) / k_aux * loss
+
     return QuickBatchTopKSAE(cfg)
 
 
-def train(folder: Path, recipe: Recipe, d_model: int, checkpoints: Path, *, n_checkpoints: int = 10, device: str = "cpu",
-          autocast: bool = True) -> dict:
+def train(
+    folder: Path,
+    recipe: Recipe,
+    d_model: int,
+    checkpoints: Path,
+    *,
+    n_checkpoints: int = 10,
+    device: str = "cpu",
+    autocast: bool = True,
+) -> dict:
     """Train one batch-top-k SAE per layer with sae_lens's multi-SAE trainer; resumes from the newest checkpoint.
 
     Returns {"layer_<L>": BatchTopKTrainingSAE}, activation scaling folded in.
@@ -199,15 +87,30 @@ def train(folder: Path, recipe: Recipe, d_model: int, checkpoints: Path, *, n_ch
     names = [f"layer_{layer}" for layer in recipe.layers]
     steps = recipe.train_tokens // recipe.batch
     cfg = SAETrainerConfig(
-        total_training_samples=recipe.train_tokens, train_batch_size_samples=recipe.batch, lr=recipe.lr, lr_end=recipe.lr / 10,
-        lr_warm_up_steps=min(200, steps // 10), lr_decay_steps=steps // 3, device=device, autocast=autocast, dead_feature_window=300,
-        n_checkpoints=n_checkpoints, checkpoint_path=str(checkpoints), logger=LoggingConfig(log_to_wandb=False),
+        total_training_samples=recipe.train_tokens,
+        train_batch_size_samples=recipe.batch,
+        lr=recipe.lr,
+        lr_end=recipe.lr / 10,
+        lr_warm_up_steps=min(200, steps // 10),
+        lr_decay_steps=steps // 3,
+        device=device,
+        autocast=autocast,
+        dead_feature_window=300,
+        n_checkpoints=n_checkpoints,
+        checkpoint_path=str(checkpoints),
+        logger=LoggingConfig(log_to_wandb=False),
         n_batches_for_norm_estimate=20,
     )
     saes = {
-        name: quick_sae(BatchTopKTrainingSAEConfig(
-            d_in=d_model, d_sae=recipe.d_sae, k=recipe.k, device=device, normalize_activations="expected_average_only_in",
-        ))
+        name: quick_sae(
+            BatchTopKTrainingSAEConfig(
+                d_in=d_model,
+                d_sae=recipe.d_sae,
+                k=recipe.k,
+                device=device,
+                normalize_activations="expected_average_only_in",
+            )
+        )
         for name in names
     }
     trainer = MultiSAETrainer(cfg, saes, {name: name for name in names}, Shards(folder, recipe))
@@ -224,23 +127,100 @@ def train(folder: Path, recipe: Recipe, d_model: int, checkpoints: Path, *, n_ch
 
 
 @torch.no_grad()
-def export(sae, path: Path, *, layer: int, recipe: Recipe, metadata: dict) -> Path:
-    """Save for inference as a float16 JumpReLU SAE with unit decoder rows, in sae_lens's own disk format."""
-    import copy
+def export(sae, path: Path, *, layer: int, recipe: Recipe, acts: Float[Tensor, "tokens d_model"], metadata: dict | None = None) -> Path:
+    """Save for inference as a float16 JumpReLU SAE with unit decoder rows, in sae_lens's own disk format.
 
+    sae_lens's threshold trails the last batches of training; it is set anew so that `recipe.k` features a token are
+    active on `acts`, a sample of the training activations.
+    """
     sae = copy.deepcopy(sae).float()
     sae.fold_W_dec_norm()
-    temporary = path.with_name(path.name + ".tmp")
-    weights, cfg_path = sae.save_inference_model(temporary)
-    with safe_open(weights, "pt") as f:
-        state = {name: f.get_tensor(name).half() for name in f.keys()}
-    save_file(state, weights)
-    cfg = json.loads(cfg_path.read_text())
-    cfg["dtype"] = "float32"
-    cfg["metadata"] = (cfg.get("metadata") or {}) | metadata | {"hook_name": f"blocks.{layer}.hook_resid_post", "recipe": asdict(recipe)}
-    cfg_path.write_text(json.dumps(cfg, indent=1))
-    path.mkdir(parents=True, exist_ok=True)
-    for file in temporary.iterdir():
-        os.replace(file, path / file.name)
-    temporary.rmdir()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        weights, cfg_path = sae.save_inference_model(folder)
+        state = {name: tensor.half() for name, tensor in load_file(weights).items()}
+        state["threshold"] = torch.full_like(state["threshold"], l0_threshold(state, acts, recipe.k))
+        cfg = json.loads(cfg_path.read_text())
+        cfg["metadata"] = (
+            (cfg.get("metadata") or {}) | {"hook_name": f"blocks.{layer}.hook_resid_post", "recipe": asdict(recipe)} | (metadata or {})
+        )
+        write_atomic(path / weights.name, to_bytes(state))
+        write_atomic(path / cfg_path.name, json.dumps(cfg | {"dtype": "float32"}, indent=1) + "\n")
     return path
+
+
+def l0_threshold(state: dict[str, Tensor], acts: Float[Tensor, "tokens d_model"], k: float) -> float:
+    """Return the pre-activation that `k` features a token exceed on average: the k n-th largest of n tokens."""
+    W_enc, b_enc, b_dec = (state[name].float() for name in ("W_enc", "b_enc", "b_dec"))
+    need, best = int(k * len(acts)), torch.empty(0)
+    for x in acts.float().split(2048):
+        pre = ((x - b_dec) @ W_enc + b_enc).flatten()
+        best = torch.cat([best, pre.topk(min(len(pre), 4 * int(k * len(x)))).values])  # a batch may hold more than its share
+        best = best.topk(min(need, len(best))).values
+    return float(best[-1])
+
+
+def make(
+    model,
+    tokenizer,
+    dataset: str,
+    recipe: Recipe,
+    work: Path,
+    out: Path,
+    *,
+    autocast: bool = True,
+    n_checkpoints: int = 10,
+) -> list[Path]:
+    """Run the whole recipe: harvest, train, save, describe; each step resumes in `work`. Returns one folder a layer."""
+    from sae_lens import SAE
+
+    from steerkit.quality import describe
+
+    d_model = model.get_input_embeddings().weight.shape[1]
+    harvest(model, tokenizer, dataset, work / "shards", recipe)
+    saes = train(work / "shards", recipe, d_model, work / "checkpoints", n_checkpoints=n_checkpoints, autocast=autocast)
+    folders = []
+    for layer in recipe.layers:
+        acts, ids = read_shards(work / "shards", layer, 200_000)
+        folder = out / f"layer_{layer}"
+        export(
+            saes[f"layer_{layer}"],
+            folder,
+            layer=layer,
+            recipe=recipe,
+            acts=acts[0][:20_000],
+            metadata={"dataset": Path(dataset).name},
+        )
+        describe(SAE.load_from_disk(folder, dtype="float32"), acts, ids, folder / "features.safetensors")
+        folders.append(folder)
+    return folders
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train SAEs for a preset: `python -m steerkit.train smollm2-135m --dataset PATH_OR_HUB_ID --out data/saes/mine`."""
+    import argparse
+
+    from steerkit.models import load_model, preset
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("preset")
+    parser.add_argument("--dataset", required=True, help="hub data set id, folder, or .jsonl(.gz)/.parquet file with text or messages")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=cache_dir() / "train",
+        help="shards and checkpoints; a second call resumes from them",
+    )
+    parser.add_argument("--layers", type=int, nargs="+", default=[3, 8, 13, 18, 23, 28])
+    for name, default in (("tokens", 1_000_000), ("epochs", 4.0), ("d-sae", 4096), ("k", 32), ("lr", 8e-4)):
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    recipe = Recipe(tuple(args.layers), d_sae=args.d_sae, k=args.k, tokens=args.tokens, epochs=args.epochs, lr=args.lr)
+    model, tokenizer = load_model(preset(args.preset))
+    make(model, tokenizer, args.dataset, recipe, args.work, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -74,8 +74,13 @@ class SteeringVector:
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         self._same_place(other)
         total = self.weight * self.direction + other.weight * other.direction
-        return replace(self, name=f"{self.name} + {other.name}", direction=total, weight=float(total.norm()),
-                       made={"sum of": [self.made | {"name": self.name}, other.made | {"name": other.name}]})
+        return replace(
+            self,
+            name=f"{self.name} + {other.name}",
+            direction=total,
+            weight=float(total.norm()),
+            made={"sum of": [self.made | {"name": self.name}, other.made | {"name": other.name}]},
+        )
 
     def __sub__(self, other: "SteeringVector") -> "SteeringVector":
         return self + (-other)
@@ -96,7 +101,13 @@ class SteeringVector:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file: the direction, and the rest as metadata."""
-        about = {"name": self.name, "layer": self.layer, "preset": self.preset, "made": self.made, "weight": self.weight}
+        about = {
+            "name": self.name,
+            "layer": self.layer,
+            "preset": self.preset,
+            "made": self.made,
+            "weight": self.weight,
+        }
         return write_atomic(path, to_bytes({"direction": self.direction}, {"steering_vector": json.dumps(about)}))
 
     @classmethod
@@ -120,12 +131,26 @@ def sae_row(sae, features: int | dict[int, float], *, layer: int, preset: str, n
     if bad := [i for i in weights if not 0 <= i < d_sae]:
         raise ValueError(f"features: expected 0 to {d_sae - 1}, got {bad}")
     direction = sum(w * sae.W_dec[i].detach() for i, w in weights.items())
-    return SteeringVector(name or "SAE row", direction, layer, preset, {"method": "sae_row", "features": {str(k): v for k, v in weights.items()}})
+    return SteeringVector(
+        name or "SAE row",
+        direction,
+        layer,
+        preset,
+        {"method": "sae_row", "features": {str(k): v for k, v in weights.items()}},
+    )
 
 
 def caa(
-    model: nn.Module, tokenizer, positive: Sequence[str], negative: Sequence[str], *, layer: int, preset: str, name: str = "CAA",
-    outlier: float = 10.0, include_first: bool = False,
+    model: nn.Module,
+    tokenizer,
+    positive: Sequence[str],
+    negative: Sequence[str],
+    *,
+    layer: int,
+    preset: str,
+    name: str = "CAA",
+    outlier: float = 10.0,
+    include_first: bool = False,
 ) -> SteeringVector:
     """Return the contrastive activation vector: mean over positive prompts minus mean over negative prompts, normalised.
 
@@ -141,8 +166,9 @@ def caa(
         for ids, mask in token_batches(tokenizer, prompts):
             ids, mask = ids.to(model.device), mask.to(model.device)
             resid = residuals(model, ids, mask, layers=[layer])
-            keep = mask.bool() if include_first else ordinary_positions(
-                ids, mask, resid, special=tokenizer.all_special_ids, outlier=outlier)
+            keep = (
+                mask.bool() if include_first else ordinary_positions(ids, mask, resid, special=tokenizer.all_special_ids, outlier=outlier)
+            )
             total.append((resid[layer].float() * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp_min(1))
         return torch.cat(total).mean(0)
 

@@ -28,7 +28,8 @@ def resid_of(model, ids, mask, layer, edits=(), **settings):
     seen = {}
     with steering(model, list(edits), **settings) as receipt:
         handle = residual_blocks(model)[layer].register_forward_hook(
-            lambda _m, _i, out: seen.update(r=out[0] if isinstance(out, tuple) else out))
+            lambda _m, _i, out: seen.update(r=out[0] if isinstance(out, tuple) else out)
+        )
         try:
             position = (mask.cumsum(1) - 1).clamp_min(0)
             with torch.inference_mode():
@@ -38,8 +39,15 @@ def resid_of(model, ids, mask, layer, edits=(), **settings):
     return seen["r"], logits, receipt
 
 
-@pytest.mark.parametrize("window,expected", [
-    ("all", [[0, 1, 2, 3, 4], [0, 1, 2]]), ("prompt", [[0, 1, 2], [0]]), ("last", [[2, 3, 4], [0, 1, 2]]), ("generated", [[3, 4], [1, 2]])])
+@pytest.mark.parametrize(
+    "window,expected",
+    [
+        ("all", [[0, 1, 2, 3, 4], [0, 1, 2]]),
+        ("prompt", [[0, 1, 2], [0]]),
+        ("last", [[2, 3, 4], [0, 1, 2]]),
+        ("generated", [[3, 4], [1, 2]]),
+    ],
+)
 @pytest.mark.parametrize("cache", [True, False])
 def test_window_positions_are_exact_with_and_without_cache(window, expected, cache):
     """Two prompts of 3 and 1 tokens, two new tokens: the receipt names exactly the positions of the window."""
@@ -52,7 +60,7 @@ def test_window_positions_are_exact_with_and_without_cache(window, expected, cac
             whole = torch.cat([ids, new[:, :step]], 1)
             whole_mask = torch.cat([mask, torch.ones(2, step, dtype=torch.long)], 1)
             feed = whole[:, -1:] if cache and step else whole
-            position = (whole_mask.cumsum(1) - 1).clamp_min(0)[:, -feed.shape[1]:]
+            position = (whole_mask.cumsum(1) - 1).clamp_min(0)[:, -feed.shape[1] :]
             out = model(input_ids=feed, attention_mask=whole_mask, position_ids=position, past_key_values=past, use_cache=cache)
             past = out.past_key_values if cache else None
     assert [receipt.changed(0), receipt.changed(1)] == expected
@@ -64,8 +72,12 @@ def test_window_oracle_on_random_masks():
     for _ in range(50):
         pads, prompt, start = (int(torch.randint(0, 5, (1,), generator=rng)) for _ in range(3))
         real = torch.tensor([[False] * pads + [True] * 6])
-        for window, inside in {"all": lambda p: True, "prompt": lambda p: p < prompt + 1, "last": lambda p: p >= prompt,
-                               "generated": lambda p: p > prompt}.items():
+        for window, inside in {
+            "all": lambda p: True,
+            "prompt": lambda p, n=prompt: p < n + 1,
+            "last": lambda p, n=prompt: p >= n,
+            "generated": lambda p, n=prompt: p > n,
+        }.items():
             expected = [[False] * pads + [inside(start + t) for t in range(6)]]
             got = selected_positions(real, torch.tensor([start]), torch.tensor([prompt + 1]), window)
             assert got.tolist() == expected, (window, pads, prompt, start)
@@ -113,19 +125,24 @@ def test_linearity_at_the_hooked_layer():
     model, (ids, mask) = tiny.model("llama").double(), padded()
     a, b = unit(1).double(), unit(2).double()
     plain = resid_of(model, ids, mask, 1)[0]
-    change = {name: resid_of(model, ids, mask, 1, edits)[0] - plain for name, edits in {
-        "a": [Add(1, a, 2.0)], "b": [Add(1, b, 5.0)], "ab": [Add(1, a, 2.0), Add(1, b, 5.0)]}.items()}
+    change = {
+        name: resid_of(model, ids, mask, 1, edits)[0] - plain
+        for name, edits in {
+            "a": [Add(1, a, 2.0)],
+            "b": [Add(1, b, 5.0)],
+            "ab": [Add(1, a, 2.0), Add(1, b, 5.0)],
+        }.items()
+    }
     torch.testing.assert_close(change["ab"], change["a"] + change["b"], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [
-    lambda v, s: Add(1, v, s), lambda v, s: Ablate(1, v)], ids=["add", "ablate"])
+@pytest.mark.parametrize("make", [lambda v, s: Add(1, v, s), lambda v, s: Ablate(1, v)], ids=["add", "ablate"])
 def test_per_row_vectors_equal_separate_runs(make):
     model, (ids, mask) = tiny.model("gemma2"), padded()
     vectors, scales = unit(rows=3), torch.tensor([0.5, 4.0, 9.0])
     _, together, _ = resid_of(model, ids, mask, 1, [make(vectors, scales)])
     for row in range(3):
-        _, alone, _ = resid_of(model, ids[row:row + 1], mask[row:row + 1], 1, [make(vectors[row], float(scales[row]))])
+        _, alone, _ = resid_of(model, ids[row : row + 1], mask[row : row + 1], 1, [make(vectors[row], float(scales[row]))])
         torch.testing.assert_close(together[row, -1], alone[0, -1], rtol=1e-4, atol=1e-4)
 
 
@@ -186,7 +203,10 @@ def test_receipt_renders_as_text_and_as_a_strip():
     assert strip.count("background:rgba") == 4 and "&lt;" in strip and "position 2" in strip
 
 
-@pytest.mark.parametrize("kind,preset", list(zip(KINDS, ["llama-3.1-8b", "gemma-2-2b", "gemma-3-270m", "qwen3-1.7b", "gpt2-small", "pythia-70m"])))
+@pytest.mark.parametrize(
+    "kind,preset",
+    list(zip(KINDS, ["llama-3.1-8b", "gemma-2-2b", "gemma-3-270m", "qwen3-1.7b", "gpt2-small", "pythia-70m"])),
+)
 def test_bridge_hook_points_steer_the_same(kind, preset, monkeypatch, tmp_path):
     """`run_with_hooks` on a TransformerBridge over the same weights gives the same logits as the fast path."""
     from steerkit import models
@@ -221,20 +241,27 @@ def test_residuals_stop_early_and_equal_hidden_states():
     assert sum(len(m._forward_hooks) for m in model.modules()) == before
 
 
-@pytest.mark.parametrize("edit,message", [
-    (lambda: Add(9, unit(), 1.0), "expected 0 to 2"),
-    (lambda: Add(1, torch.ones(D + 1), 1.0), f"expected width {D}"),
-    (lambda: Add(1, unit() * float("nan"), 1.0), "NaN"),
-    (lambda: Ablate(1, torch.zeros(D)), "zero vector"),
-    (lambda: Boost(1, tiny.planted_sae(), 10_000), "Boost.feature"),
-], ids=["layer", "width", "nan", "zero", "feature"])
+@pytest.mark.parametrize(
+    "edit,message",
+    [
+        (lambda: Add(9, unit(), 1.0), "expected 0 to 2"),
+        (lambda: Add(1, torch.ones(D + 1), 1.0), f"expected width {D}"),
+        (lambda: Add(1, unit() * float("nan"), 1.0), "NaN"),
+        (lambda: Ablate(1, torch.zeros(D)), "zero vector"),
+        (lambda: Boost(1, tiny.planted_sae(), 10_000), "Boost.feature"),
+    ],
+    ids=["layer", "width", "nan", "zero", "feature"],
+)
 def test_bad_edits_are_clear_errors(edit, message):
     with pytest.raises(ValueError, match=message), steering(tiny.model("llama"), edit()):
         pass
 
 
 def test_unknown_window_names_the_known_ones():
-    with pytest.raises(ValueError, match="all, prompt, last, generated"), steering(tiny.model("llama"), [], window="suffix"):
+    with (
+        pytest.raises(ValueError, match="all, prompt, last, generated"),
+        steering(tiny.model("llama"), [], window="suffix"),
+    ):
         pass
 
 

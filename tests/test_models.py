@@ -11,14 +11,19 @@ import torch
 import yaml
 
 from steerkit import models, selfcheck
+from steerkit.features import ordinary_positions, residuals
 from steerkit.paths import DATA, ROOT
 from steerkit.presets import presets
 from steerkit.saes import centre_writing_weights
 
 torch.set_num_threads(1)
 ARCHITECTURES = {  # preset -> (kind of tiny model, blocks so that the primary layer exists)
-    "gemma-2-2b": ("gemma2", 13), "gemma-3-270m": ("gemma3", 10), "llama-3.1-8b": ("llama", 16),
-    "qwen3-1.7b": ("qwen3", 14), "gpt2-small": ("gpt2", 8), "pythia-70m": ("gptneox", 5),
+    "gemma-2-2b": ("gemma2", 13),
+    "gemma-3-270m": ("gemma3", 10),
+    "llama-3.1-8b": ("llama", 16),
+    "qwen3-1.7b": ("qwen3", 14),
+    "gpt2-small": ("gpt2", 8),
+    "pythia-70m": ("gptneox", 5),
 }
 TEXTS = ["The ferry leaves at seven.", "Rain"]
 
@@ -140,9 +145,7 @@ def test_open_from_local_hub_cache(name, hub, monkeypatch):
     ids, mask = loaded.tokens(TEXTS)
     seen = {}
     handles = [
-        loaded.block(at).register_forward_hook(
-            lambda _m, _i, out, at=at: seen.__setitem__(at, out[0] if isinstance(out, tuple) else out)
-        )
+        loaded.block(at).register_forward_hook(lambda _m, _i, out, at=at: seen.__setitem__(at, out[0] if isinstance(out, tuple) else out))
         for at in range(ARCHITECTURES[name][1])
     ]
     position = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -169,9 +172,7 @@ def test_a_hook_on_the_model_also_acts_in_the_bridge(hub, monkeypatch, tmp_path)
     loaded = models.open(spec, check=False)
     ids, _ = loaded.tokens(["one row"])
     before = loaded.model(ids)
-    handle = loaded.block(1).register_forward_hook(
-        lambda _m, _i, out: out + 1.0 if torch.is_tensor(out) else (out[0] + 1.0, *out[1:])
-    )
+    handle = loaded.block(1).register_forward_hook(lambda _m, _i, out: out + 1.0 if torch.is_tensor(out) else (out[0] + 1.0, *out[1:]))
     steered, through_hf = loaded.model(ids), loaded.hf(ids).logits
     handle.remove()
     assert (steered - before).abs().max() > 0.01
@@ -227,12 +228,25 @@ def test_centred_gpt2_equals_transformer_lens(hub, monkeypatch):
 
     source = tiny.model("gpt2", n_layers=8)
     cfg = HookedTransformerConfig(
-        n_layers=8, d_model=tiny.D_MODEL, n_ctx=512, d_head=16, n_heads=4, d_mlp=4 * tiny.D_MODEL, act_fn="gelu_new",
-        d_vocab=tiny.VOCAB, normalization_type="LN", eps=1e-5, device="cpu", original_architecture="GPT2LMHeadModel",
+        n_layers=8,
+        d_model=tiny.D_MODEL,
+        n_ctx=512,
+        d_head=16,
+        n_heads=4,
+        d_mlp=4 * tiny.D_MODEL,
+        act_fn="gelu_new",
+        d_vocab=tiny.VOCAB,
+        normalization_type="LN",
+        eps=1e-5,
+        device="cpu",
+        original_architecture="GPT2LMHeadModel",
     )
     oracle = HookedTransformer(cfg)
     oracle.load_and_process_state_dict(
-        convert_gpt2_weights(source, cfg), fold_ln=False, center_writing_weights=True, center_unembed=False,
+        convert_gpt2_weights(source, cfg),
+        fold_ln=False,
+        center_writing_weights=True,
+        center_unembed=False,
         fold_value_biases=False,
     )
     _, _ = plant(monkeypatch, hub, "gpt2-small")
@@ -242,7 +256,7 @@ def test_centred_gpt2_equals_transformer_lens(hub, monkeypatch):
     with torch.no_grad():
         _, expected = oracle.run_with_cache(ids)
         _, cache = loaded.model.run_with_cache(ids)
-        mine = selfcheck.residuals(loaded.hf, ids, torch.ones_like(ids), list(range(8)))
+        mine = residuals(loaded.hf, ids, torch.ones_like(ids), layers=list(range(8)))
         log_probs = [m(ids).logits.log_softmax(-1) for m in (loaded.hf, source)]
         uncentred = source(ids, output_hidden_states=True).hidden_states[1:]
     for layer in range(8):
@@ -337,8 +351,8 @@ def test_bos_token_of_the_preset_must_exist(hub, monkeypatch, tmp_path):
 
 def lossy(hf, layer, ids, mask, keep):
     """Return SAE weights fitted to one layer: its `keep` strongest principal directions around its mean, both signs."""
-    resid = selfcheck.residuals(hf, ids, mask, [layer])[layer]
-    x = resid[selfcheck.usual(resid, ids, mask, special=[0, 1, 2], outlier=10.0)].double()
+    resid = residuals(hf, ids, mask, layers=[layer])[layer]
+    x = resid[ordinary_positions(ids, mask, {0: resid}, special=[0, 1, 2], outlier=10.0)].double()
     directions = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:keep].float()
     both = torch.cat([directions, -directions])
     mean = x.mean(0).float()
@@ -402,7 +416,7 @@ def test_usual_leaves_out_pads_first_special_and_outliers():
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     resid = torch.ones(2, 6, 4)
     resid[1, 4] = 100.0
-    keep = selfcheck.usual(resid, ids, mask, special=[0, 1, 2], outlier=10.0)
+    keep = ordinary_positions(ids, mask, {0: resid}, special=[0, 1, 2], outlier=10.0)
     assert keep.int().tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1]]
 
 

@@ -50,9 +50,7 @@ def test_figure_is_saved_with_its_numbers_and_shown(book, tmp_path):
 
 
 def test_dict_data_becomes_json_without_nan(book, tmp_path):
-    book.figure(
-        drawn(), "f", {"x": np.arange(3), "y": [0.5, float("nan")], "best": Interval(1.0, 0.5, 1.5, 9), "label": "CAA"}
-    )
+    book.figure(drawn(), "f", {"x": np.arange(3), "y": [0.5, float("nan")], "best": Interval(1.0, 0.5, 1.5, 9), "label": "CAA"})
     kept = json.loads((tmp_path / "figures/01_x/f.json").read_text())
     assert kept["x"] == [0, 1, 2] and kept["y"] == [0.5, None] and kept["best"]["high"] == 1.5
 
@@ -101,11 +99,7 @@ def _seen(colour, matrix):
     linear = np.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)])
     to_lms = np.array([[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]])
     linear = np.clip(np.linalg.inv(to_lms) @ matrix @ to_lms @ linear, 0, 1)
-    xyz = (
-        np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-        @ linear
-        / [0.9505, 1, 1.089]
-    )
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear / [0.9505, 1, 1.089]
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
@@ -177,13 +171,10 @@ def test_card_in_words_needs_a_verdict(book):
         book.card("steering is sharp", paper="yes", ours="no", verdict="sure")
     with pytest.raises(ValueError, match="same keys"):
         book.card("x", paper={"a": 1.0}, ours={"b": 1.0})
-    assert (
-        book.card("steering is sharp", paper="yes", ours="no", verdict="differs", why="small model").verdict
-        == "differs"
-    )
+    assert book.card("steering is sharp", paper="yes", ours="no", verdict="differs", why="small model").verdict == "differs"
 
 
-# ---------------------------------------------------------------------------------------------------- numbers and the end
+# ------------------------------------------------------------------------------------------------ numbers, the end
 def test_close_writes_results_and_names_no_path(book, tmp_path):
     said = book.metric("coherence", Interval(0.42, 0.38, 0.46, 90), unit="0 to 1")
     book.metric("speed", np.float32(350.0), n=1, unit="tokens/s")

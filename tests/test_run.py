@@ -36,7 +36,7 @@ def notebook(name, *body, parameters=PARAMETERS, needs=()):
 
 @pytest.fixture
 def project(tmp_path):
-    """Return a function that makes a small project with the real steerkit inside, out of notebooks and their parameters."""
+    """Return a function that makes a small project, with the real steerkit inside, out of notebooks."""
     shutil.copytree(PROJECT / "steerkit", tmp_path / "steerkit", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("a")
@@ -121,9 +121,7 @@ SOURCE = (
     ],
 )
 def test_fitting_values_pass(given):
-    values = run.check_parameters(
-        run.parameters(notebook("01_a", parameters=SOURCE.replace("{", "{{").replace("}", "}}"))), given
-    )
+    values = run.check_parameters(run.parameters(notebook("01_a", parameters=SOURCE.replace("{", "{{").replace("}", "}}"))), given)
     assert len(values) == 8 and given.items() <= values.items() and values["name"] == "CAA"
 
 
@@ -186,9 +184,7 @@ def test_a_run_is_stamped_and_published_and_the_stamp_finds_every_change(project
     assert "cells changed" in after(lambda nb: nb.cells[2].update(source="x = 2"))
     assert "outputs changed" in after(lambda nb: nb.cells[4].outputs[0]["data"].update({"text/plain": "layer: 99"}))
     assert "not run once each" in after(lambda nb: nb.cells[4].update(execution_count=1))
-    assert "no outputs" in after(
-        lambda nb: [c.update(outputs=[], execution_count=None) for c in nb.cells if "outputs" in c]
-    )
+    assert "no outputs" in after(lambda nb: [c.update(outputs=[], execution_count=None) for c in nb.cells if "outputs" in c])
     assert "edited by hand" in after(lambda nb: nb.metadata.steerkit.stamp.update(scale="full"))
     assert "no stamp" in after(lambda nb: nb.metadata.pop("steerkit"))
     assert after(lambda nb: nb.metadata.update(custom="x")) == ""
@@ -235,12 +231,8 @@ def test_a_failing_notebook_says_where_and_why(project, caplog, body, cell, line
 
 def test_machine_paths_are_found():
     nb = notebook("01_a", "1", 'open("/home/ann/x.txt")')
-    nb.cells[2].outputs = [
-        new_output("stream", text="saved to /tmp/pytest-1/x and https://example.org/home/x and runs/work/x")
-    ]
-    nb.cells[3].outputs = [
-        new_output("display_data", data={"image/png": "AA/home/BB", "text/html": "<p>/Users/ann/.cache</p>"})
-    ]
+    nb.cells[2].outputs = [new_output("stream", text="saved to /tmp/pytest-1/x and https://example.org/home/x and runs/work/x")]
+    nb.cells[3].outputs = [new_output("display_data", data={"image/png": "AA/home/BB", "text/html": "<p>/Users/ann/.cache</p>"})]
     found = [path for _, path in run.leaks(nb)]
     assert found == ["/tmp/pytest-1/x", "/home/ann/x.txt", "/Users/ann/.cache"]
 
@@ -264,9 +256,7 @@ def test_plain_papermill_runs_a_notebook_by_hand(project):
 
 # ---------------------------------------------------------------------------------------------------- the graph
 def test_the_key_follows_content_not_times(project):
-    root = project(
-        {"01_a": notebook("01_a", "1"), "02_b": notebook("02_b", "1", needs=["01_a"])}, smoke={"01_a": {"layer": 3}}
-    )
+    root = project({"01_a": notebook("01_a", "1"), "02_b": notebook("02_b", "1", needs=["01_a"])}, smoke={"01_a": {"layer": 3}})
     before = {name: j.key for name, j in run.jobs("laptop", root=root).items()}
 
     def changed(path, text):

@@ -22,9 +22,7 @@ def test_bootstrap_agrees_with_scipy(statistic):
 
 def test_interval_of_the_mean_covers_the_truth_as_often_as_promised():
     hits = [3.0 in bootstrap(RNG.normal(3.0, 2.0, 40), n_boot=300, level=0.9, seed=i) for i in range(300)]
-    assert (
-        0.84 <= np.mean(hits) <= 0.95
-    )  # 0.9 promised; three standard errors of 300 trials, and a little small-n shortfall
+    assert 0.84 <= np.mean(hits) <= 0.95  # 0.9 promised; three standard errors of 300 trials, and a little small-n shortfall
 
 
 def test_width_matches_the_normal_formula():

@@ -33,7 +33,14 @@ def test_save_and_load_give_the_same_bits(tmp_path):
     v = vector(torch.randn(D).tolist())
     again = SteeringVector.load(v.save(tmp_path / "v.safetensors"))
     assert torch.equal(v.direction, again.direction)
-    assert (v.name, v.layer, v.hook, v.preset, v.made, v.weight) == (again.name, again.layer, again.hook, again.preset, again.made, again.weight)
+    assert (v.name, v.layer, v.hook, v.preset, v.made, v.weight) == (
+        again.name,
+        again.layer,
+        again.hook,
+        again.preset,
+        again.made,
+        again.weight,
+    )
 
 
 def test_a_torn_file_or_another_file_is_a_clear_error(tmp_path):
@@ -73,7 +80,7 @@ def test_caa_equals_a_loop_over_prompts(include_first):
         rows = []
         for p in prompts:
             ids = torch.tensor([[1] + tok(p, add_special_tokens=False)["input_ids"]])
-            rows.append(residuals(model, ids, layers=[1])[1][0, 0 if include_first else 1:].double().mean(0))
+            rows.append(residuals(model, ids, layers=[1])[1][0, 0 if include_first else 1 :].double().mean(0))
         return torch.stack(rows).mean(0)
 
     oracle = mean(positive) - mean(negative)

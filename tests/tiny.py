@@ -27,8 +27,12 @@ def tokenizer(*, bos: bool = True):
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, special=True) for t in special])
     tok = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>" if bos else None, eos_token="<eos>", pad_token="<pad>",
-        padding_side="left", chat_template=CHAT_TEMPLATE if bos else CHAT_TEMPLATE.replace("{{ bos_token }}", ""),
+        tokenizer_object=backend,
+        bos_token="<bos>" if bos else None,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE if bos else CHAT_TEMPLATE.replace("{{ bos_token }}", ""),
     )
     return tok
 
@@ -80,8 +84,11 @@ def planted(d_model: int = D_MODEL) -> dict[str, torch.Tensor]:
     """Return SAE weights that rebuild any input: one feature for each sign of each coordinate (L0 = d_model)."""
     eye = torch.eye(d_model)
     return {
-        "W_enc": torch.cat([eye, -eye], dim=1), "W_dec": torch.cat([eye, -eye]), "b_enc": torch.zeros(2 * d_model),
-        "b_dec": torch.zeros(d_model), "threshold": torch.zeros(2 * d_model),
+        "W_enc": torch.cat([eye, -eye], dim=1),
+        "W_dec": torch.cat([eye, -eye]),
+        "b_enc": torch.zeros(2 * d_model),
+        "b_dec": torch.zeros(d_model),
+        "threshold": torch.zeros(2 * d_model),
     }
 
 
@@ -125,8 +132,11 @@ def put_sae(cache: Path, release: str, sae_id: str, weights: dict[str, torch.Ten
         case "llama_scope":
             layer = int(sae_id[1:].split("r_")[0])
             about = {
-                "d_model": d_in, "d_sae": d_sae, "jump_relu_threshold": float(weights["threshold"][0]),
-                "dataset_average_activation_norm": {"in": 10.0}, "hook_point_in": f"blocks.{layer}.hook_resid_post",
+                "d_model": d_in,
+                "d_sae": d_sae,
+                "jump_relu_threshold": float(weights["threshold"][0]),
+                "dataset_average_activation_norm": {"in": 10.0},
+                "hook_point_in": f"blocks.{layer}.hook_resid_post",
             }
             (folder / "checkpoints").mkdir(exist_ok=True)
             (folder / "hyperparams.json").write_text(json.dumps(about | cfg))
@@ -140,8 +150,15 @@ def put_sae(cache: Path, release: str, sae_id: str, weights: dict[str, torch.Ten
             return folder
         case None:  # sae_lens before version 6, as gpt2-small-res-jb and the Pythia SAEs are published
             about = {
-                "model_name": entry.model, "hook_point": sae_id, "hook_point_layer": 0, "d_in": d_in, "d_sae": d_sae,
-                "dtype": "torch.float32", "device": "cpu", "activation_fn_str": "relu", "prepend_bos": True,
+                "model_name": entry.model,
+                "hook_point": sae_id,
+                "hook_point_layer": 0,
+                "d_in": d_in,
+                "d_sae": d_sae,
+                "dtype": "torch.float32",
+                "device": "cpu",
+                "activation_fn_str": "relu",
+                "prepend_bos": True,
             }
             (folder / "cfg.json").write_text(json.dumps(about | cfg))
             save_file({n: w for n, w in weights.items() if n != "threshold"}, folder / "sae_weights.safetensors")
@@ -155,8 +172,14 @@ def put_disk_sae(folder: Path, layer: int, weights: dict[str, torch.Tensor], *, 
     folder.mkdir(parents=True, exist_ok=True)
     about = {"hook_name": f"blocks.{layer}.hook_resid_post", "sae_lens_version": "6.54.12"} | (metadata or {})
     cfg = {
-        "architecture": "jumprelu", "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu",
-        "apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none",
+        "architecture": "jumprelu",
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
         "metadata": about,
     }
     (folder / "cfg.json").write_text(json.dumps(cfg))

@@ -1,8 +1,11 @@
-"""Judges: functions that turn texts into scores in [0, 1]. `concept`, `coherence` and `refusal` work offline; `api` asks a model."""
+"""Judges: functions that turn texts into scores in [0, 1].
+
+`concept`, `coherence` and `refusal` work offline and give the same answer every time; `api` asks a model.
+"""
 
 import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -10,6 +13,7 @@ from jaxtyping import Float
 from steerkit.paths import DATA
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Score texts: `judge(texts)[i]` is in [0, 1]; `prompts`, where given, hold what each text continues."""
 
@@ -20,14 +24,14 @@ def checked(texts: Sequence[str], prompts: Sequence[str] | None = None) -> tuple
     """Return texts and prompts as lists, or raise ValueError for a lone string, a non-string or unequal lengths."""
     for name, entries in (("texts", texts), ("prompts", prompts)):
         if isinstance(entries, str) or (entries is not None and not all(isinstance(entry, str) for entry in entries)):
-            raise ValueError(f"expected {name} to be a list of strings, got {type(entries).__name__}; wrap one text in a list")
+            raise ValueError(f"expected {name} as a list of strings, got {type(entries).__name__}; put one text in a list")
     if prompts is not None and len(prompts) != len(texts):
         raise ValueError(f"expected one prompt for each of {len(texts)} texts, got {len(prompts)} prompts")
     return list(texts), None if prompts is None else list(prompts)
 
 
 def parameters(name: str) -> dict:
-    """Return the fitted numbers of one judge from data/judges/<name>.json; `python -m steerkit.judges.fit` makes them."""
+    """Return the fitted numbers of one judge, data/judges/<name>.json, which `python -m steerkit.judges.fit` makes."""
     path = DATA / "judges" / f"{name}.json"
     if not path.exists():
         raise FileNotFoundError(f"expected {path}; make it with: python -m steerkit.judges.fit --shared <folder>")

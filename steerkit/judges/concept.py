@@ -1,4 +1,4 @@
-"""Is a text about a topic? Static word embeddings that ship inside a wheel, with the topic's lexicon as second opinion."""
+"""Is a text about a topic? Static word embeddings shipped inside a wheel, with the lexicon as second opinion."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from steerkit.tasks import Concept, concepts
 
 @functools.cache
 def _wordllama():
-    """Open wordllama from its own wheel; `cache_dir` is its package folder, for it looks for its tokenizer in a cache only."""
+    """Open wordllama from its own wheel, never the network; it finds its own tokenizer only where a cache would be."""
     import wordllama
 
     return wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
@@ -30,7 +30,7 @@ def embed(texts: Sequence[str]) -> Float[np.ndarray, "texts 256"]:
 
 
 def lexicon_score(texts: Sequence[str], lexicon: Sequence[str]) -> Float[np.ndarray, " texts"]:
-    """Return 1 - 2^-hits, hits = number of lexicon entries found; `stem*` matches any ending, other entries whole words.
+    """Return 1 - 2^-hits, hits = number of lexicon entries found (`stem*`: any ending, others: whole words).
 
     >>> lexicon_score(["He cursed the angry dog.", "A calm day"], ["angr*", "curs*"]).tolist()
     [0.75, 0.0]
@@ -43,16 +43,14 @@ def lexicon_score(texts: Sequence[str], lexicon: Sequence[str]) -> Float[np.ndar
 
 
 def training_set(concept: Concept, others: dict[str, Concept]) -> tuple[list[str], np.ndarray]:
-    """Return texts and labels +1/-1: the concept's positive prompts against its negative and all other concepts' prompts."""
+    """Return texts and labels: positive prompts (+1) against negative and all other concepts' prompts (-1)."""
     off = list(concept.negative_prompts)
     off += [p for o in others.values() if o.name != concept.name for p in o.positive_prompts + o.negative_prompts]
     return [*concept.positive_prompts, *off], np.array([1.0] * len(concept.positive_prompts) + [-1.0] * len(off))
 
 
-def fit_direction(
-    x: Float[np.ndarray, "texts d"], y: Float[np.ndarray, " texts"], ridge: float
-) -> tuple[Float[np.ndarray, " d"], float]:
-    """Return (w, b) of the ridge classifier min sum_i c_i (w x_i + b - y_i)^2 + ridge |w|^2, c_i giving both classes weight 1."""
+def fit_direction(x: Float[np.ndarray, "texts d"], y: Float[np.ndarray, " texts"], ridge: float) -> tuple[Float[np.ndarray, " d"], float]:
+    """Return (w, b) with the least sum_i c_i (w x_i + b - y_i)^2 + ridge |w|^2, where c_i gives each class weight 1."""
     weight = np.where(y > 0, 1.0 / (y > 0).sum(), 1.0 / (y < 0).sum())
     mean_x, mean_y = weight @ x / weight.sum(), weight @ y / weight.sum()
     centred = x.astype(np.float64) - mean_x
@@ -64,8 +62,8 @@ def fit_direction(
 def concept_judge(concept: Concept | str, *, others: dict[str, Concept] | None = None) -> Judge:
     """Return a judge of P(text is about the concept) = sigmoid(a e + b l + c).
 
-    e is a ridge classifier on the text's embedding, fitted here, in milliseconds, on the concept's contrast prompts (so a new
-    concept file works at once); l is `lexicon_score`; a, b, c are shared by all concepts (data/judges/concept.json).
+    e is a ridge classifier on the text's embedding, fitted here, in milliseconds, on the concept's contrast prompts
+    (so a new concept file works at once); l is `lexicon_score`; a, b, c are the same for all concepts.
     Prompts, where given, are ignored: only the text counts. Empty text scores 0.
 
     Raises ValueError for an unknown concept name.
@@ -78,7 +76,7 @@ def concept_judge(concept: Concept | str, *, others: dict[str, Concept] | None =
     if isinstance(concept, str):
         pool = {**known, **others}
         if concept not in pool:
-            raise ValueError(f"expected one of the concepts {sorted(pool)}, got {concept!r}; add data/concepts/{concept}.yaml")
+            raise ValueError(f"expected a concept among {sorted(pool)}, got {concept!r}; add data/concepts/{concept}.yaml")
         concept = pool[concept]
     fitted = parameters("concept")
     texts, labels = training_set(concept, others)

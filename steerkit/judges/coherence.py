@@ -1,0 +1,168 @@
+"""Is a text fluent? What surprises the unsteered model, together with repetition and odd characters."""
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Float
+
+from steerkit.features import next_token_losses
+from steerkit.judges import Judge, checked, parameters, sigmoid
+from steerkit.packed import packed_linears
+
+MAX_TOKENS = 256
+MAX_CONTEXT = 128
+
+
+def split(tokenizer, text: str, prompt: str | None = None) -> tuple[list[int], int]:
+    """Return the token ids that the judge reads and where the continuation starts among them.
+
+    With a prompt, the continuation is the text, after at most the prompt's last `MAX_CONTEXT` tokens. Without, it is what
+    follows the first blank line, or the second half where there is none. At most `MAX_TOKENS` are read.
+    """
+    encode = lambda part: list(tokenizer(part, add_special_tokens=False)["input_ids"])  # noqa: E731
+    if prompt is not None:
+        context = encode(prompt)[-MAX_CONTEXT:]
+        return (context + encode(text))[:MAX_TOKENS], len(context)
+    ids, blank = encode(text)[:MAX_TOKENS], text.find("\n\n")
+    start = len(encode(text[: blank + 2])) if blank > 0 else len(ids) // 2
+    return ids, start if start < len(ids) - 2 else len(ids) // 2
+
+
+def token_losses(hf_model, tokenizer, ids: Sequence[list[int]], *, batch_tokens: int = 1024) -> list[np.ndarray]:
+    """Return for each row of token ids the losses -log p(t_i | bos, t_<i) in nats, of the model without steering.
+
+    Rows are sorted by length, padded on the right and masked; a batch holds about `batch_tokens` positions.
+    Raises ValueError for a tokenizer that has no token to begin with.
+    """
+    import torch
+
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if bos is None:
+        raise ValueError("expected a tokenizer with a beginning-of-text token, got none; set tokenizer.bos_token")
+    out = [np.zeros(len(row)) for row in ids]
+    order, start = sorted(range(len(ids)), key=lambda i: len(ids[i])), 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * (len(ids[order[stop]]) + 1) <= batch_tokens:
+            stop += 1
+        rows = [ids[i] for i in order[start:stop]]
+        tokens = torch.full((len(rows), 1 + max(map(len, rows))), bos, device=hf_model.device)
+        mask = torch.zeros_like(tokens)
+        for r, row in enumerate(rows):
+            tokens[r, 1 : 1 + len(row)] = torch.tensor(row, device=tokens.device)
+            mask[r, : 1 + len(row)] = 1
+        with torch.inference_mode(), packed_linears(hf_model):
+            loss = next_token_losses(hf_model(input_ids=tokens, attention_mask=mask, use_cache=False).logits, tokens)
+        for r, i in enumerate(order[start:stop]):
+            out[i] = loss[r, : len(ids[i])].double().cpu().numpy()
+        start = stop
+    return out
+
+
+def windows(losses: Float[np.ndarray, " pos"], size: int) -> Float[np.ndarray, " windows"]:
+    """Return the mean loss of every run of `size` tokens, or of all tokens where there are fewer."""
+    if len(losses) <= size:
+        return np.array([losses.mean()])
+    total = np.concatenate([[0.0], np.cumsum(losses)])
+    return (total[size:] - total[:-size]) / size
+
+
+def repeated(items: Sequence, n: int) -> float:
+    """Return the share of n-grams that occurred before, 1 - distinct / all.
+
+    >>> repeated("a b a b a".split(), 2)
+    0.5
+    """
+    grams = list(zip(*(items[i:] for i in range(n)), strict=False))
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def features(text: str, ids: Sequence[int], losses: Float[np.ndarray, " pos"], start: int) -> dict[str, float]:
+    """Return what the judge looks at: losses of the whole and of the continuation, repetition, characters."""
+    part = losses[start:] if len(losses) - start >= 3 else losses[-5:]
+    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    letters = [word for word in words if word.isalpha()]
+    size = max(len(text), 1)
+    top = max(Counter(letters).values(), default=0) / max(len(letters), 1)
+    return {
+        "worst 16 tokens": np.log1p(windows(losses, 16).max()),
+        "worst 8 tokens": windows(part, 8).max(),
+        "worst token": part.max(),
+        "mean": np.sqrt(part.mean()),
+        "90 % quantile": np.quantile(part, 0.9),
+        "worst 3 tokens": np.sort(losses)[-3:].mean(),
+        "second half": losses[len(losses) // 2 :].mean(),
+        "tokens above 6": np.log1p((losses > 6).sum()),
+        "tokens above 9": np.log1p((losses > 9).sum()),
+        "tokens below 0.1": float((losses < 0.1).mean()),
+        **{f"repeated {n}-grams": repeated(ids, n) for n in (1, 2, 3, 4)},
+        "same word twice": np.log1p(sum(a == b and a.isalpha() for a, b in pairwise(words))),
+        "same pair twice": np.log1p(sum(words[i : i + 2] == words[i + 2 : i + 4] for i in range(len(words) - 3))),
+        "top word": np.sqrt(top),
+        "zlib ratio": len(zlib.compress(text.encode())) / max(len(text.encode()), 1),
+        "length": np.log(len(losses)),
+        "continuation length": np.log(max(len(losses) - start, 1)),
+        "ends a sentence": float(text.rstrip()[-1:] in (".", "!", "?")),
+        "ends in a word": float(text.rstrip()[-1:].isalnum()),
+        "odd spaces": np.log1p(len(re.findall(r"(?<=\S)  +(?=\S)|\w\s+[,.;:?!]", text))),
+        "capitals inside words": np.sqrt(len(re.findall(r"[a-z][A-Z]", text)) / size),
+        "not ascii": np.sqrt(sum(ord(c) > 127 for c in text) / size),
+        "other scripts": np.log1p(sum(ord(c) > 0x24F and c.isalpha() for c in text)),
+    }
+
+
+def standard(fitted: dict, x: Float[np.ndarray, "texts features"]) -> Float[np.ndarray, "texts features"]:
+    """Return features in standard deviations from their mean, three at most, so that nothing is extrapolated far."""
+    return np.clip((x - np.array(fitted["mean"])) / np.array(fitted["std"]), -3.0, 3.0)
+
+
+def expected_fluency(fitted: dict, x: Float[np.ndarray, "texts features"]) -> Float[np.ndarray, " texts"]:
+    """Return E[label] / 2 for labels 0, 1, 2: the mean of P(label >= 1) and P(label >= 2), two logistic regressions."""
+    logit = standard(fitted, x) @ np.array(fitted["weights"]).T + np.array(fitted["intercepts"])
+    return sigmoid(logit).mean(axis=1)
+
+
+def feature_matrix(
+    hf_model, tokenizer, texts: Sequence[str], prompts: Sequence[str] | None = None
+) -> tuple[list[str], Float[np.ndarray, "texts features"]]:
+    """Return the names and values of `features` for texts that have at least one token."""
+    pairs = [(text, None) for text in texts] if prompts is None else list(zip(texts, prompts, strict=True))
+    read = [split(tokenizer, text, prompt) for text, prompt in pairs]
+    losses = token_losses(hf_model, tokenizer, [ids for ids, _ in read])
+    rows = [
+        features((prompt or "") + text, ids, loss, start) for (text, prompt), (ids, start), loss in zip(pairs, read, losses, strict=True)
+    ]
+    return list(rows[0]), np.array([list(row.values()) for row in rows])
+
+
+def coherence_judge(hf_model, tokenizer, *, fitted: dict | None = None) -> Judge:
+    """Return a judge of fluency, E[label] / 2 on a 0-1-2 scale of fluency; an empty text scores 0.
+
+    `hf_model` is a causal language model without any steering; the fitted numbers (data/judges/coherence.json) belong to
+    the embedded model, so use that one, also for texts that another model wrote. With `prompts` each text is read as the
+    continuation of its prompt.
+
+    >>> from steerkit import models
+    >>> opened = models.open("smollm2-135m")
+    >>> judge = coherence_judge(opened.hf, opened.tokenizer)
+    >>> judge(["I think the bus is late.", "bus bus zq bus the the"]).round().tolist()
+    [1.0, 0.0]
+    """
+    fitted = parameters("coherence") if fitted is None else fitted
+
+    def judge(texts: Sequence[str], prompts: Sequence[str] | None = None) -> Float[np.ndarray, " texts"]:
+        texts, prompts = checked(texts, prompts)
+        scores, full = np.zeros(len(texts)), [i for i, text in enumerate(texts) if text.strip()]
+        if full:
+            before = None if prompts is None else [prompts[i] for i in full]
+            names, x = feature_matrix(hf_model, tokenizer, [texts[i] for i in full], before)
+            if names != fitted["features"]:
+                raise ValueError("data/judges/coherence.json: expected the present features; run steerkit.judges.fit")
+            scores[full] = expected_fluency(fitted, x)
+        return scores
+
+    return judge

@@ -1,0 +1,123 @@
+"""Concept files: the nine topics are there and sound; a malformed file is a clear error."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+
+from steerkit.tasks import Concept, concepts, load_concept
+
+NINE = "anger christian_evangelist conspiracy french london love praise want_to_die wedding".split()
+
+
+def good() -> dict:
+    """Return the content of a sound concept file."""
+    words = [f"{w} {v}" for w in ("red", "blue", "green", "grey", "pink") for v in ("fox", "hen", "cow", "ant", "bee")]
+    return {
+        "title": "Farm",
+        "criterion": "The text is about a farm.",
+        "positive_prompts": [f"positive {w}" for w in words[:12]],
+        "negative_prompts": [f"negative {w}" for w in words[:12]],
+        "heldout_positive": [f"held positive {w}" for w in words[:20]],
+        "heldout_negative": [f"held negative {w}" for w in words[:20]],
+        "lexicon": ["farm*", "cow"],
+    }
+
+
+def write(folder, content) -> str:
+    path = folder / "farm.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def test_the_nine_topics_have_enough_and_no_shared_text():
+    found = concepts()
+    assert list(found) == NINE
+    seen = {}
+    for name, concept in found.items():
+        assert concept.name == name and concept.title and concept.criterion.endswith(".")
+        assert min(len(concept.positive_prompts), len(concept.negative_prompts)) >= 12
+        assert min(len(concept.heldout_positive), len(concept.heldout_negative)) >= 20
+        assert len(concept.positive_prompts) == len(concept.negative_prompts), "prompts are meant to be pairs"
+        for text in concept.positive_prompts + concept.heldout_positive + concept.heldout_negative:
+            key = re.sub(r"\W+", " ", text.lower())
+            assert seen.setdefault(key, name) == name, f"{text!r} is in {name} and in {seen[key]}"
+
+
+def test_contrast_pairs_differ_little_in_length():
+    for concept in concepts().values():
+        positive = sum(len(p.split()) for p in concept.positive_prompts)
+        negative = sum(len(p.split()) for p in concept.negative_prompts)
+        assert abs(positive - negative) <= 0.25 * positive, concept.name
+
+
+def test_french_positives_are_french_by_their_letters_and_words():
+    french = concepts()["french"]
+    function_words = {
+        "le",
+        "la",
+        "les",
+        "un",
+        "une",
+        "je",
+        "nous",
+        "il",
+        "elle",
+        "est",
+        "et",
+        "de",
+        "du",
+        "ne",
+        "pas",
+        "vous",
+    }
+    rate = lambda texts: sum(bool(function_words & set(re.findall(r"\w+", t.lower()))) for t in texts) / len(texts)  # noqa: E731
+    assert rate(french.heldout_positive) > 0.9 and rate(french.heldout_negative) < 0.2
+
+
+def test_concepts_are_frozen():
+    concept = concepts()["london"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        concept.title = "Paris"
+
+
+def test_a_sound_file_loads(tmp_path):
+    concept = load_concept(write(tmp_path, good()))
+    assert isinstance(concept, Concept) and concept.name == "farm" and concept.lexicon == ("farm*", "cow")
+    assert list(concepts(tmp_path)) == ["farm"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("criterion"), "exactly the keys"),
+        (lambda c: c.update(colour="red"), "exactly the keys"),
+        (lambda c: c.update(title=3), "sentence under title"),
+        (lambda c: c.update(lexicon=[]), "at least 1 entries under lexicon"),
+        (lambda c: c["positive_prompts"].pop(), "at least 12 entries under positive_prompts"),
+        (lambda c: c["heldout_negative"].pop(), "at least 20 entries under heldout_negative"),
+        (lambda c: c["lexicon"].append(True), "non-empty strings under lexicon"),
+        (lambda c: c["lexicon"].append(" "), "non-empty strings under lexicon"),
+        (lambda c: c["heldout_positive"].append("HELD positive red fox "), "more than once"),
+        (lambda c: c["heldout_positive"].append(c["positive_prompts"][0]), "more than once"),
+    ],
+)
+def test_a_malformed_file_is_a_clear_error(tmp_path, change, message):
+    content = good()
+    change(content)
+    path = write(tmp_path, content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_concept(path)
+    assert "farm.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- just\n- a list\n", "title: [unclosed", "!!python/object/apply:os.getcwd []", ""])
+def test_not_a_concept_at_all(tmp_path, text):
+    with pytest.raises(ValueError, match=r"farm\.yaml"):
+        load_concept(write(tmp_path, text))
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="concept files"):
+        concepts(tmp_path)
