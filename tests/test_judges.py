@@ -278,8 +278,8 @@ def test_coherence_of_odd_input(embedded):
 
 @pytest.mark.embedded
 def test_coherence_ranks_labelled_texts_of_unseen_features(shared, embedded):
-    """Forty SAE features, texts under 260 characters: the judge of nine tenths of them scores the rest."""
-    data = [r for r in fitting.rows(shared / "judge_calibration" / "fluency_dev.jsonl.gz") if len(r["text"]) < 260]
+    """Forty SAE features, texts under 400 characters: the judge of nine tenths of them scores the rest."""
+    data = [r for r in fitting.rows(shared / "judge_calibration" / "fluency_dev.jsonl.gz") if len(r["text"]) < 400]
     keep = np.random.default_rng(0).permutation(sorted({r["feature"] for r in data}))[:40]
     data = [r for r in data if r["feature"] in set(keep)]
     names, x = fitting.labelled_features(*embedded, [r["text"] for r in data], None)
@@ -288,8 +288,7 @@ def test_coherence_ranks_labelled_texts_of_unseen_features(shared, embedded):
     p = fit.coherence_folds(names, x, y, groups, nothing)
     from scipy.stats import spearmanr
 
-    # The target, 0.78, is for the full set (data/judges/README.md); forty features without long texts gave 0.57.
-    assert spearmanr(p, y)[0] >= 0.5
+    assert spearmanr(p, y)[0] >= 0.6, "the target, 0.78, is for the full set; this one is small and lacks its long texts"
     assert auroc_by_pairs(p[y == 2], p[y == 0]) >= 0.85
 
 
