@@ -56,12 +56,12 @@ def draw(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"], samplin
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    scaled = logits.float() / sampling.temperature
-    if not sampling.top_k and sampling.top_p == 1:
-        return _invert(scaled.softmax(-1), u)[:, 0]
     if sampling.top_k:
-        top, ids = scaled.topk(min(sampling.top_k, scaled.shape[-1]), dim=-1)
-        return ids.gather(-1, _invert(_nucleus(top.softmax(-1), sampling.top_p), u))[:, 0]
+        top, ids = logits.float().topk(min(sampling.top_k, logits.shape[-1]), dim=-1)
+        return ids.gather(-1, _invert(_nucleus((top / sampling.temperature).softmax(-1), sampling.top_p), u))[:, 0]
+    scaled = logits.float() / sampling.temperature
+    if sampling.top_p == 1:
+        return _invert(scaled.softmax(-1), u)[:, 0]
     top, ids = scaled.topk(min(256, scaled.shape[-1]), dim=-1)
     probs = (top - scaled.logsumexp(-1, keepdim=True)).exp()
     chosen = ids.gather(-1, _invert(_nucleus(probs, sampling.top_p), u))[:, 0]

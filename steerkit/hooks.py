@@ -233,6 +233,8 @@ class Steering:
     def __init__(self, edits: list[Edit], *, window: str = "all", skip_first: bool = False, prompt_length=None, receipt=None):
         if window not in WINDOWS:
             raise ValueError(f"window: expected one of {', '.join(WINDOWS)}, got {window!r}")
+        if window in ("all", "prompt") and any(isinstance(edit, Boost) for edit in edits):
+            raise ValueError(f'window: Boost reads a_max at the last position of a call; expected "last" or "generated", got "{window}"')
         self.edits, self.window, self.skip_first = edits, window, skip_first
         self.prompt_length, self.receipt, self.selected = prompt_length, receipt, None
 

@@ -111,7 +111,8 @@ def open(
     """Open a preset's model, tokenizer and SAEs.
 
     layers restricts the SAEs and loads them now; by default the primary layer's is loaded and the others on first use.
-    device: "auto" is a GPU where there is one. saes picks a named SAE set. check compares each SAE, when it is loaded, with the recorded FVU and L0 (`self_check`).
+    device: "auto" is a GPU where there is one. saes picks a named SAE set. check compares each
+    SAE, when it is loaded, with the recorded FVU and L0 (`self_check`).
 
     Raises ValueError for an unknown preset or set, a layer without an SAE, a damaged, non-finite or mismatched SAE;
     PermissionError or ConnectionError when the hub does not give the files.

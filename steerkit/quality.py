@@ -1,6 +1,6 @@
 """How good an SAE is on text it was not trained on, and what each of its features fires on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,10 +35,7 @@ def fit(
     """
     sums = {layer: [] for layer in saes}  # per row of text: n, squared error, |x|^2, active features, sum of x
     fires = {layer: torch.zeros(sae.W_dec.shape[0]) for layer, sae in saes.items()}
-    for ids in rows.split(batch_size):
-        ids = ids.to(model.device)
-        resid = residuals(model, ids, layers=list(saes))
-        keep = ordinary_positions(ids, None, resid, special=tokenizer.all_special_ids, outlier=outlier)
+    for _, resid, keep in _read(model, tokenizer, saes, rows, outlier, batch_size):
         for layer, sae in saes.items():
             for x in (acts[k].to(sae.dtype) for acts, k in zip(resid[layer], keep) if k.any()):
                 f = sae.encode(x)
@@ -87,10 +84,7 @@ def loss_recovered(
     set to zero ("zero") or to its mean ("mean", the harder test) as the ablation. Losses in nats; intervals resample rows.
     """
     losses: dict[tuple, list] = {}
-    for ids in rows.split(batch_size):
-        ids = ids.to(model.device)
-        resid = residuals(model, ids, layers=list(saes))
-        keep = ordinary_positions(ids, None, resid, special=tokenizer.all_special_ids, outlier=outlier)
+    for ids, resid, keep in _read(model, tokenizer, saes, rows, outlier, batch_size):
         clean = _loss(model, ids)
         for layer, sae in saes.items():
             x = resid[layer]
@@ -119,6 +113,14 @@ def loss_recovered(
     return pd.DataFrame(table)
 
 
+def _read(model, tokenizer, saes, rows, outlier: float, batch_size: int) -> Iterator[tuple]:
+    """Yield (ids, residual streams by layer, ordinary positions) of each batch of rows."""
+    for ids in rows.split(batch_size):
+        ids = ids.to(model.device)
+        resid = residuals(model, ids, layers=list(saes))
+        yield ids, resid, ordinary_positions(ids, None, resid, special=tokenizer.all_special_ids, outlier=outlier)
+
+
 def _loss(model: nn.Module, ids: Int[Tensor, "rows context"]) -> Float[Tensor, " rows"]:
     return next_token_losses(model(input_ids=ids, use_cache=False).logits, ids).mean(1).cpu()
 
@@ -141,8 +143,8 @@ def _replaced(model: nn.Module, layer: int, other: Tensor, keep: Bool[Tensor, "r
 def describe(sae: nn.Module, acts: Sequence[Tensor], tokens: Sequence[Tensor], path: str | Path, *, k: int = 5) -> Path:
     """Write each feature's density and its k top-activating contexts (token ids and peak value) to a safetensors file.
 
-    acts ([tokens, d_model]) and tokens ([tokens]) come in the same pieces, in reading order. Ids are stored as uint16 where they fit; the last id
-    value marks a place beyond the text.
+    acts ([tokens, d_model]) and tokens ([tokens]) come in the same pieces, in reading order. Ids are stored as uint16
+    where they fit; the last id value marks a place beyond the text.
     """
     fired, n, best, ids = torch.zeros(sae.W_dec.shape[0]), 0, None, None
     for x, t in zip(acts, tokens):

@@ -22,19 +22,21 @@ def vec(seed: int, layer: int = 1) -> SteeringVector:
     return SteeringVector(f"v{seed}", torch.randn(D, generator=torch.Generator().manual_seed(seed)), layer, "tiny")
 
 
-def arms():
-    """A baseline, two vectors, two layers, an ablation and a boost: slots that rows share unevenly."""
+def arms(window="last"):
+    """A baseline, two vectors, two layers, an ablation and (where it is defined) a boost: slots that rows share unevenly."""
+    boost = [Arm("boost", (Boost(1, tiny.planted_sae(), 5, 3.0),))] if window in ("last", "generated") else []
     return [
         BASELINE,
         *grid([vec(1), vec(2, layer=2)], [4.0]),
         Arm("two", (vec(1).edit(2.0), vec(3, layer=0).edit(1.0)), 2.0),
         Arm("ablate", (Ablate(1, vec(4).direction),)),
-        Arm("boost", (Boost(1, tiny.planted_sae(), 5, 3.0),)),
+        *boost,
     ]
 
 
 def run(model, **settings):
-    return generate(model, tiny.tokenizer(), PROMPTS, arms(), **({"max_new_tokens": 6, "progress": False} | settings))
+    chosen = arms(settings.get("window", "all"))
+    return generate(model, tiny.tokenizer(), PROMPTS, chosen, **({"max_new_tokens": 6, "progress": False} | settings))
 
 
 @pytest.mark.parametrize("window", ["all", "prompt", "last", "generated"])

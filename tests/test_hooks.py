@@ -249,8 +249,9 @@ def test_residuals_stop_early_and_equal_hidden_states():
         (lambda: Add(1, unit() * float("nan"), 1.0), "NaN"),
         (lambda: Ablate(1, torch.zeros(D)), "zero vector"),
         (lambda: Boost(1, tiny.planted_sae(), 10_000), "Boost.feature"),
+        (lambda: Boost(1, tiny.planted_sae(), 1), 'expected "last" or "generated", got "all"'),
     ],
-    ids=["layer", "width", "nan", "zero", "feature"],
+    ids=["layer", "width", "nan", "zero", "feature", "boost in the prompt"],
 )
 def test_bad_edits_are_clear_errors(edit, message):
     with pytest.raises(ValueError, match=message), steering(tiny.model("llama"), edit()):

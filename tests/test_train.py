@@ -207,6 +207,7 @@ def test_feature_cards_name_the_planted_peaks(tmp_path):
     card = describe(sae, [x[:100], x[100:]], [ids[:100], ids[100:]], tmp_path / "features.safetensors", k=2)
     stored = load_file(card)
     assert stored["peaks"][7].tolist() == [9.0, 8.0]
-    assert stored["contexts"][7, 0, 8].item() == ids[150].item() and stored["contexts"][7, 1].to(torch.int64).tolist() == ids[32:43].tolist()
+    assert stored["contexts"][7, 0, 8].item() == ids[150].item()
+    assert stored["contexts"][7, 1].to(torch.int64).tolist() == ids[32:43].tolist()
     np.testing.assert_allclose(stored["density"][:D], (x > 0).float().mean(0))
     assert f"«{tok.decode([int(ids[150])])}»" in contexts(card, 7, tok)[0][0]
