@@ -101,10 +101,14 @@ def feature_means(
     *,
     layer: int,
     outlier: float = 10.0,
+    include_first: bool = False,
     batch_size: int = 32,
     max_tokens: int = 128,
 ) -> Float[Tensor, "texts d_sae"]:
     """Return each text's mean feature activations over its ordinary positions (encode first, then average).
+
+    include_first=True averages over all positions, the beginning-of-text token included, as FGAA section 3.1 does. Where
+    that token's activations are many times the others', prompt length would become the main difference between texts.
 
     >>> feature_means(model, tokenizer, sae, ["I love you."], layer=13).shape    # doctest: +SKIP
     torch.Size([1, 4096])
@@ -113,7 +117,7 @@ def feature_means(
     for ids, mask in token_batches(tokenizer, texts, batch_size=batch_size, max_tokens=max_tokens):
         ids, mask = ids.to(model.device), mask.to(model.device)
         resid = residuals(model, ids, mask, layers=[layer])
-        keep = ordinary_positions(ids, mask, resid, special=tokenizer.all_special_ids, outlier=outlier)
+        keep = mask.bool() if include_first else ordinary_positions(ids, mask, resid, special=tokenizer.all_special_ids, outlier=outlier)
         acts = sae.encode(resid[layer].to(sae.dtype)) * keep[..., None]
         out.append((acts.sum(1) / keep.sum(1, keepdim=True).clamp_min(1)).cpu())
     return torch.cat(out)

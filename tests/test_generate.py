@@ -35,8 +35,8 @@ def arms(window="last"):
 
 
 def run(model, **settings):
-    chosen = arms(settings.get("window", "all"))
-    return generate(model, tiny.tokenizer(), PROMPTS, chosen, **({"max_new_tokens": 6, "progress": False} | settings))
+    settings = {"max_new_tokens": 6, "progress": False, "window": "last"} | settings
+    return generate(model, tiny.tokenizer(), PROMPTS, arms(settings["window"]), **settings)
 
 
 @pytest.mark.parametrize("window", ["all", "prompt", "last", "generated"])

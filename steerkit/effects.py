@@ -1,0 +1,297 @@
+"""The effect of a steering vector: what it does to the SAE features of the text that it causes (SAE-TS, section 3).
+
+Generate with and without the vector, read both texts with steering off, and compare the mean activations of all features.
+Many vectors are measured in one batch; finished parts stay on disk, and shards on several machines add up.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from steerkit.decode import Sampling, decode
+from steerkit.features import next_token_losses, ordinary_positions, residuals
+from steerkit.generate import prompt_ids
+from steerkit.hooks import Add
+from steerkit.packed import packed_linears
+from steerkit.partial import starting_from
+from steerkit.paths import write_atomic
+
+PROMPTS = (
+    *("", "", "", "I think", "Breaking news", "Last night", "For sale", "The weather", "Dear Sir/Madam"),
+    *("Preheat the oven", "It's interesting that", "Assistant:", "I went up to", "New study suggests"),
+)
+# Until 20 November 2024 a comma was missing in the released list, and the published effects were measured so.
+PROMPTS_13 = (*PROMPTS[:10], "It's interesting thatAssistant:", *PROMPTS[12:])
+SAMPLING = Sampling(temperature=1.0, top_k=50, top_p=0.3)  # as released; no stop token
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How effects are measured: the paper's rollouts by default, with the number of samples a prompt as the budget.
+
+    length: tokens of a rollout in all, beginning-of-text and prompt included. positions: "ordinary" leaves out the first
+    token, special tokens and outliers; "all" is the released code. Where nothing else is left out the two differ by the
+    factor 32 / 31 on the empty prompt, as both arms have the same first token.
+    """
+
+    prompts: tuple[str, ...] = PROMPTS
+    samples: int = 1
+    length: int = 32
+    sampling: Sampling = SAMPLING
+    positions: str = "ordinary"
+    outlier: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("ordinary", "all") or self.samples < 1 or not self.prompts:
+            raise ValueError(
+                f'expected positions "ordinary" or "all", at least one sample and one prompt, got {self.positions!r}, {self.samples}, '
+                f"{len(self.prompts)}"
+            )
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Effects of n vectors: each of norm 1, added with its scale; `halves` are the effects by every other prompt."""
+
+    vectors: Float[Tensor, "n d_model"]
+    scales: Float[Tensor, " n"]
+    halves: Float[Tensor, "n 2 d_sae"]
+    baseline: Float[Tensor, " d_sae"]
+
+    @property
+    def effects(self) -> Float[Tensor, "n d_sae"]:
+        """The effect, mean of both halves."""
+        return self.halves.mean(1)
+
+
+def solve_scale(scales: Sequence[float], losses: Sequence[float], target: float) -> float:
+    """Return where the straight line through the last two points reaches the target, as released.
+
+    Past the last point this extrapolates; a flat line gives infinity.
+
+    >>> solve_scale([0, 20, 40], [3.5, 3.58, 3.66], 4.0)
+    125.0
+    """
+    (x0, y0), (x1, y1) = zip(scales[-2:], losses[-2:])
+    return x0 + (target - y0) * (x1 - x0) / (y1 - y0) if y1 != y0 else float("inf")
+
+
+@torch.inference_mode()
+def calibrate(
+    model: nn.Module,
+    ids: Int[Tensor, "rows pos"],
+    vectors: Float[Tensor, "n d_model"],
+    *,
+    layer: int,
+    target: float | None = None,
+    rise: float | None = None,
+    grid: Sequence[float] = tuple(range(0, 201, 20)),
+    batch_size: int = 64,
+) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"], float]:
+    """Return each vector's scale, whether it is an extrapolation, and the unsteered loss (SAE-TS section 4.2).
+
+    The scale is where the mean next-token loss on `ids` reaches `target` nats (the released code: 4.0 for Gemma-2-2B), or
+    the unsteered loss plus `rise` (the paper: 0.5): up the grid to the first loss above, then the line through the last two
+    points. All vectors climb together, and only the blocks above `layer` run. A vector that never gets there is
+    extrapolated from the last two points, as released, and marked.
+
+    Raises ValueError unless exactly one of target and rise is given, and where the unsteered loss is above the target.
+    """
+    if (target is None) == (rise is None):
+        raise ValueError(f"expected either target (absolute loss, nats) or rise (above the unsteered loss), got {target} and {rise}")
+    with packed_linears(model):
+        resid = residuals(model, ids, layers=[layer])[layer]
+        base = _steered_losses(model, ids, resid, vectors[:1], torch.zeros(1), layer, batch_size)[0].item()
+        goal = base + rise if target is None else target
+        if base >= goal:
+            raise ValueError(f"target: expected more than the unsteered loss {base:.3f} nats, got {goal:.3f}: raise it or use `rise`")
+        scales, found = torch.full((len(vectors),), float("nan")), torch.zeros(len(vectors), dtype=torch.bool)
+        before, active = torch.full((len(vectors),), base), torch.arange(len(vectors))
+        for low, high in pairwise(grid):
+            now = _steered_losses(model, ids, resid, vectors[active], torch.full((len(active),), float(high)), layer, batch_size)
+            for i, loss in zip(active.tolist(), now.tolist()):
+                scales[i], found[i] = solve_scale([low, high], [before[i].item(), loss], goal), loss > goal
+            before[active] = now
+            active = active[now <= goal]
+            if not len(active):
+                break
+    return scales, ~found, base
+
+
+def _steered_losses(model, ids, resid, vectors, scales, layer: int, batch_size: int) -> Float[Tensor, " n"]:
+    """Return the mean loss on `ids` for each (vector, scale)."""
+    out, rows = [], len(ids)
+    for part in torch.arange(len(vectors)).split(max(1, batch_size // rows)):
+        step = (vectors[part] * scales[part, None]).to(resid)
+        steered = (resid[None] + step[:, None, None]).flatten(0, 1)
+        many = ids.repeat(len(part), 1)
+        with starting_from(model, layer, steered):
+            losses = next_token_losses(model(input_ids=many, use_cache=False).logits, many)
+        out.append(losses.view(len(part), -1).mean(1).cpu())
+    return torch.cat(out)
+
+
+@torch.inference_mode()
+def text_features(
+    model: nn.Module,
+    tokenizer,
+    sae,
+    vectors: Float[Tensor, "n d_model"] | None,
+    scales: Float[Tensor, " n"] | None,
+    *,
+    layer: int,
+    scheme: Scheme = Scheme(),
+    first: int = 0,
+    batch_size: int = 128,
+) -> Float[Tensor, "n 2 d_sae"]:
+    """Return mean activations over the text that each vector causes, read with steering off, by every other prompt.
+
+    Encode each position, then average over positions and rollouts. Without vectors: one row, of unsteered text.
+    first: number of the first vector; it keys the noise, so that a vector's texts do not depend on how work is split.
+    """
+    n, device = 1 if vectors is None else len(vectors), next(model.parameters()).device
+    total = torch.zeros(n, 2, sae.W_dec.shape[0], device=device)
+    count = torch.zeros(n, 2, 1, device=device)
+    special = tokenizer.all_special_ids
+    for p, prompt in enumerate(scheme.prompts):
+        start = prompt_ids(tokenizer, prompt)
+        sampling = replace(scheme.sampling, max_new_tokens=scheme.length - len(start))
+        pairs = [(v, s) for v in range(n) for s in range(scheme.samples)]
+        for at in range(0, len(pairs), batch_size):
+            which, sample = zip(*pairs[at : at + batch_size])
+            which = torch.tensor(which)
+            number = 0 if vectors is None else first + 1  # 0 is the unsteered arm
+            rows = [((number + v) * len(scheme.prompts) + p) * scheme.samples + s for v, s in zip(which.tolist(), sample)]
+            edits = [] if vectors is None else [Add(layer, vectors[which], scales[which])]
+            texts = decode(model, [start] * len(rows), edits, rows=rows, shared=which.tolist(), sampling=sampling)
+            ids = torch.tensor([start + text.tokens for text in texts], device=device)
+            with packed_linears(model):
+                resid = residuals(model, ids, layers=[layer])
+            keep = torch.ones_like(ids, dtype=torch.bool)
+            if scheme.positions == "ordinary":
+                keep = ordinary_positions(ids, None, resid, special=special, outlier=scheme.outlier)
+            acts = sae.encode(resid[layer].to(sae.dtype)).float() * keep[..., None]
+            total[:, p % 2].index_add_(0, which.to(device), acts.sum(1))
+            count[:, p % 2].index_add_(0, which.to(device), keep.sum(1, keepdim=True).float())
+    return (total / count.clamp_min(1)).cpu()
+
+
+def measure(
+    model: nn.Module,
+    tokenizer,
+    sae,
+    vectors: Float[Tensor, "n d_model"],
+    scales: Float[Tensor, " n"],
+    *,
+    layer: int,
+    baseline: Float[Tensor, " d_sae"] | None = None,
+    baseline_samples: int = 64,
+    scheme: Scheme = Scheme(),
+    batch_size: int = 128,
+    out: str | Path | None = None,
+    shard: int = 0,
+    n_shards: int = 1,
+    progress: bool = True,
+) -> Effects:
+    """Measure the effect of every vector, y(v) = mean f(steered text) - mean f(unsteered text) (SAE-TS eq. 2).
+
+    vectors are normalised; the text is generated with scales[i] x vectors[i] added at every position, and read without it.
+    With `out` (a folder) finished parts stay there and the same call carries on after an interruption. Shard s of n does
+    every n-th part; once all are there a call with the same `out` and one shard returns all.
+
+    Raises ValueError for scales that are not finite and positive, sizes that do not fit, or an `out` of another run.
+    """
+    from tqdm import tqdm
+
+    if len(scales) != len(vectors) or not (torch.isfinite(scales) & (scales > 0)).all():
+        raise ValueError(f"scales: expected {len(vectors)} finite numbers above 0, got {scales.tolist()[:8]}...")
+    vectors = nn.functional.normalize(vectors.float(), dim=-1)
+    if baseline is None:
+        calm = replace(scheme, samples=baseline_samples)
+        baseline = text_features(model, tokenizer, sae, None, None, layer=layer, scheme=calm, batch_size=batch_size)[0].mean(0)
+    size = max(1, batch_size // scheme.samples)
+    parts = list(range(0, len(vectors), size))[shard::n_shards]
+    store = _Parts(out, _key(model, sae, vectors, scales, layer, scheme))
+    found = []
+    for start in tqdm(parts, desc="effects", unit="part", disable=not progress or len(parts) < 2, mininterval=2.0, leave=False):
+        means = store.get(start)
+        if means is None:
+            of = slice(start, start + size)
+            settings = {"layer": layer, "scheme": scheme, "first": start, "batch_size": batch_size}
+            means = text_features(model, tokenizer, sae, vectors[of], scales[of], **settings)
+            store.put(start, means)
+        found.append(means)
+    mine = torch.cat([torch.arange(start, min(start + size, len(vectors))) for start in parts])
+    return Effects(vectors[mine], scales[mine], torch.cat(found) - baseline, baseline)
+
+
+class _Parts:
+    """Finished parts in a folder, one safetensors file each, with the key of the run."""
+
+    def __init__(self, folder: str | Path | None, key: str):
+        self.folder, self.key = Path(folder) if folder else None, key
+
+    def _path(self, start: int) -> Path:
+        return self.folder / f"part-{start:06d}.safetensors"
+
+    def get(self, start: int) -> Tensor | None:
+        if self.folder is None or not self._path(start).exists():
+            return None
+        with safe_open(self._path(start), "pt") as file:
+            if (file.metadata() or {}).get("key") != self.key:
+                raise ValueError(f"{self.folder} holds effects of other vectors, scales or settings: delete it or choose another `out`")
+            return file.get_tensor("means").float()
+
+    def put(self, start: int, means: Tensor) -> None:
+        if self.folder is not None:
+            write_atomic(self._path(start), to_bytes({"means": means.half()}, {"key": self.key}))
+
+
+def _key(model, sae, vectors, scales, layer: int, scheme: Scheme) -> str:
+    digest = hashlib.sha256(json.dumps([layer, repr(scheme)]).encode())
+    for tensor in (vectors, scales, sae.W_enc[:8], *(p.flatten()[:64] for p in model.parameters())):
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save(effects: Effects, path: str | Path, about: dict) -> Path:
+    """Write effects small enough to ship: one byte an entry, on a square-root scale up to each row's largest, compressed.
+
+    The step is finest near zero; an entry is off by at most 0.8 % of its row's largest, far less than one rollout's noise.
+    Vectors are not kept: `about` says how to make them again.
+    """
+    y = effects.halves.flatten(0, 1).numpy()
+    top = np.abs(y).max(1).clip(1e-12)
+    codes = np.rint(127 * np.sign(y) * np.sqrt(np.abs(y) / top[:, None])).astype(np.int8)
+    packed = np.frombuffer(zlib.compress(codes.tobytes(), 9), np.uint8).copy()
+    tensors = {"codes": packed, "top": top.astype(np.float32), "scales": effects.scales.numpy(), "baseline": effects.baseline.numpy()}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()}
+    return write_atomic(path, to_bytes(tensors, {"about": json.dumps(about)}))
+
+
+def load(path: str | Path, vectors: Float[Tensor, "n d_model"]) -> tuple[Effects, dict]:
+    """Read effects written by `save`, and what is known about them; `vectors` are made again by the caller.
+
+    Raises ValueError when the number of vectors is not that of the file.
+    """
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+        codes, top, scales, baseline = (file.get_tensor(name) for name in ("codes", "top", "scales", "baseline"))
+    if len(vectors) != len(scales):
+        raise ValueError(f"{path}: expected {len(scales)} vectors, got {len(vectors)}: make them as its recipe says, {about}")
+    bytes_ = np.frombuffer(zlib.decompress(codes.numpy().tobytes()), np.int8).reshape(len(top), -1)
+    value = torch.from_numpy(bytes_.astype(np.float32) / 127)
+    halves = (value.sign() * value.square() * top[:, None]).view(len(scales), 2, -1)
+    return Effects(nn.functional.normalize(vectors.float(), dim=-1), scales, halves, baseline), about

@@ -1,0 +1,157 @@
+"""The approximator and the vectors aimed through it: the algebra of SAE-TS eq. 3 and FGAA eq. 5, on random tensors."""
+
+import math
+
+import pytest
+import torch
+
+from steerkit.approximator import (
+    Approximator,
+    agreement,
+    aim,
+    fit_adam,
+    fit_ridge,
+    minus_Mb,
+    pseudo_inverse,
+    rotated,
+    rotation,
+    target,
+    unit,
+)
+from steerkit.vectors import SteeringVector
+
+PLACE = {"layer": 1, "preset": "none"}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def some():
+    return Approximator(normal(16, 40), normal(40, seed=1))
+
+
+def cosine(a, b):
+    return float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
+
+
+def test_one_feature_gives_equation_3_and_norm_one(some):
+    column, shared = some.M[:, 7].double(), (some.M.double() @ some.b.double())
+    s = column / column.norm() - shared / shared.norm()
+    got = aim(some, target(7, 40), **PLACE)
+    torch.testing.assert_close(got.direction.double(), s / s.norm(), rtol=1e-5, atol=1e-6)
+    assert got.direction.norm().item() == pytest.approx(1, abs=1e-6)
+    c = cosine(column, shared)
+    assert cosine(got.direction, column) == pytest.approx(math.sqrt((1 - c) / 2), abs=1e-5)
+    assert cosine(got.direction, shared) == pytest.approx(-math.sqrt((1 - c) / 2), abs=1e-5)
+    assert s.norm().item() == pytest.approx(math.sqrt(2 - 2 * c), abs=1e-6)
+
+
+def test_strength_zero_is_the_column_and_scale_never_matters(some):
+    torch.testing.assert_close(aim(some, target(3, 40), strength=0.0, **PLACE).direction, unit(some.M[:, 3]))
+    one = aim(some, target(3, 40), **PLACE)
+    for other in (aim(some, 7 * target(3, 40), **PLACE), aim(Approximator(some.M, 5 * some.b), target(3, 40), **PLACE)):
+        assert one.cosine(other) == pytest.approx(1, abs=1e-6)
+    flipped = unit(unit(some.M[:, 3]) + unit(some.Mb))
+    torch.testing.assert_close(aim(Approximator(some.M, -some.b), target(3, 40), **PLACE).direction, flipped)
+
+
+def test_orthogonal_targets_share_a_cosine_of_one_half():
+    """Both contain -Mb: columns orthogonal to each other and to Mb give 0.5 whatever the features mean."""
+    M = torch.zeros(5, 3)
+    M[0, 0], M[1, 1], M[2, 2] = 2.0, 3.0, 4.0
+    flat = Approximator(M, torch.tensor([0.0, 0.0, 1.0]))
+    assert aim(flat, target(0, 3), **PLACE).cosine(aim(flat, target(1, 3), **PLACE)) == pytest.approx(0.5, abs=1e-6)
+    mixed = aim(flat, target({0: 0.6 / 2, 1: 0.4 / 3}, 3), **PLACE)  # columns of norm 1 after the weights
+    assert mixed.cosine(aim(flat, target(0, 3), **PLACE)) == pytest.approx((0.6 / math.sqrt(0.52) + 1) / 2, abs=1e-6)
+    assert round((0.6 / math.sqrt(0.52) + 1) / 2, 3) == 0.916
+
+
+def test_no_bias_leaves_the_column_and_raw_columns_are_summed():
+    M = torch.eye(3)
+    M[0, 0] = 10.0
+    none = Approximator(M, torch.zeros(3))
+    torch.testing.assert_close(aim(none, target(1, 3), **PLACE).direction, torch.tensor([0.0, 1.0, 0.0]))
+    both = aim(none, target({0: 0.5, 1: 0.5}, 3), **PLACE).direction
+    torch.testing.assert_close(both, unit(torch.tensor([10.0, 1.0, 0.0])))
+
+
+def test_bad_targets_are_clear_errors(some):
+    with pytest.raises(ValueError, match="0 to 39"):
+        target(40, 40)
+    with pytest.raises(ValueError, match="zero vector"):
+        aim(Approximator(some.M, torch.zeros(40)), torch.zeros(40), **PLACE)
+
+
+def test_ridge_recovers_a_planted_map_and_adam_comes_close():
+    M, b = normal(12, 30, seed=2), normal(30, seed=3)
+    x = torch.nn.functional.normalize(normal(600, 12, seed=4), dim=1)
+    ridge, r2 = fit_ridge(x, x @ M + b)
+    assert (ridge.M - M).abs().max() < 0.01 and max(r2.values()) > 0.9999
+    exact, _ = fit_ridge(x, x @ M + b, penalties=(1e-10,))
+    assert (exact.M - M).abs().max() < 1e-5 and (exact.b - b).abs().max() < 1e-5
+    adam = fit_adam(x, x @ M + b, lr=0.05, epochs=40)
+    assert torch.nn.functional.cosine_similarity(adam.M, M, dim=0).min() > 0.99
+
+
+def test_ridge_is_scikit_learns():
+    from sklearn.linear_model import Ridge
+
+    x, y = normal(80, 6, seed=5), normal(80, 4, seed=6)
+    ours, _ = fit_ridge(x, y, penalties=(3.0,))
+    theirs = Ridge(alpha=3.0).fit(x.double().numpy(), y.double().numpy())
+    torch.testing.assert_close(ours.M.double(), torch.tensor(theirs.coef_.T), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.b.double(), torch.tensor(theirs.intercept_), rtol=1e-4, atol=1e-5)
+
+
+def test_cross_validation_prefers_a_penalty_under_noise():
+    x = torch.nn.functional.normalize(normal(60, 40, seed=7), dim=1)
+    y = x @ normal(40, 20, seed=8) + 3 * normal(60, 20, seed=9)
+    _, r2 = fit_ridge(x, y)
+    assert max(r2, key=r2.get) > 1e-2 and r2[1e-4] < max(r2.values())
+
+
+def test_pseudo_inverse_inverts_where_it_can_and_is_least_squares_elsewhere(some):
+    square = Approximator(normal(20, 8, seed=1), normal(8, seed=2))
+    t = target({2: 3.0, 5: 4.0}, 8)
+    v = pseudo_inverse(square, t, **PLACE)
+    torch.testing.assert_close(square(v.direction * v.weight), t / 5, rtol=1e-4, atol=1e-5)
+    v = pseudo_inverse(some, target(4, 40), **PLACE)
+    wanted = target(4, 40).double() - some.b.double()
+    oracle = wanted @ torch.linalg.pinv(some.M.double())
+    torch.testing.assert_close((v.direction * v.weight).double(), oracle, rtol=1e-4, atol=1e-5)
+    assert v.edit(2.0).scale == pytest.approx(2 * oracle.norm().item(), rel=1e-5)
+
+
+def test_rotation_has_the_right_orientation_and_the_published_one_is_its_inverse():
+    Q = torch.linalg.qr(normal(16, 16, seed=3)).Q
+    D = torch.nn.functional.normalize(normal(200, 16, seed=4), dim=1)
+    planted = Approximator(Q @ D.T * 7, normal(200, seed=5))
+    R = rotation(planted, D)
+    torch.testing.assert_close(R @ R.T, torch.eye(16), rtol=1e-5, atol=1e-5)
+    right = torch.stack([unit(R @ d) @ unit(m) for d, m in zip(D, planted.M.T)])
+    wrong = torch.stack([unit(rotation(planted, D, published=True) @ d) @ unit(m) for d, m in zip(D, planted.M.T)])
+    assert right.min() > 0.999 and wrong.mean().abs() < 0.2
+    row = SteeringVector("row", D[9], 1, "none")
+    torch.testing.assert_close(rotated(planted, R, row).direction, aim(planted, target(9, 200), **PLACE).direction, rtol=1e-4, atol=1e-5)
+
+
+def test_minus_Mb_is_the_negative_shared_direction(some):
+    assert cosine(minus_Mb(some, **PLACE).direction, some.M.double() @ some.b.double()) == pytest.approx(-1, abs=1e-6)
+
+
+def test_agreement_is_one_for_the_truth_zero_for_the_mean():
+    y, centre = normal(50, 9, seed=1), normal(9, seed=2)
+    perfect = agreement(y, y, centre)
+    assert perfect["r2"] == 1 and perfect["cosine"].min() == pytest.approx(1)
+    mean = agreement(centre.expand_as(y), y, centre)
+    assert mean["r2"] == 0 and not mean["cosine"].any()
+    half = agreement(centre + (y - centre) / 2, y, centre)
+    assert half["r2"] == pytest.approx(0.75) and half["cosine"].min() == pytest.approx(1)
+
+
+def test_save_and_load(tmp_path, some):
+    back = Approximator.load(some.save(tmp_path / "adapter.safetensors"))
+    torch.testing.assert_close(back.M, some.M, rtol=1e-3, atol=1e-3)
+    assert torch.equal(back.b, some.b)
