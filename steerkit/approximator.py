@@ -40,7 +40,7 @@ class Approximator:
         """Read an approximator written by `save`; ValueError where M and b do not belong together."""
         found = load_file(path)
         if set(found) != {"M", "b"} or found["M"].shape[1:] != found["b"].shape:
-            raise ValueError(f"{path}: expected M [d_model, d_sae] and b [d_sae], got {({k: list(v.shape) for k, v in found.items()})}")
+            raise ValueError(f"{path}: expected M [d_model, d_sae] and b [d_sae], got shapes {[list(v.shape) for v in found.values()]}")
         return cls(found["M"].float(), found["b"].float())
 
 

@@ -1,4 +1,4 @@
-"""One batch through the steered decode: shared prefill, KV cache, keyed sampling noise, finished rows dropped."""
+"""One batch through the steered decode: what rows share is computed once, noise is keyed, finished rows are dropped."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -46,28 +46,35 @@ def uniforms(seed: int, rows: Sequence[int], steps: int) -> Float[np.ndarray, "r
     return np.stack([np.random.Generator(np.random.Philox(key=[seed, row])).random(steps) for row in rows])
 
 
-def draw(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"], sampling: Sampling) -> Int[Tensor, " rows"]:
+def draw(
+    logits: Float[Tensor, "states vocab"],
+    u: Float[Tensor, " rows"],
+    sampling: Sampling,
+    of: Int[Tensor, " rows"] | slice = slice(None),
+) -> Int[Tensor, " rows"]:
     """Draw a token a row by inverting the distribution function at u, after temperature, top-k and top-p.
 
-    Top-p keeps the smallest set of likeliest tokens whose mass reaches p, as Hugging Face does.
+    of: which row of `logits` each drawn row reads; by default its own. Top-p keeps the smallest set of likeliest tokens
+    whose mass reaches p, as Hugging Face does.
 
     >>> draw(torch.tensor([[0.0, 9.0]]), torch.tensor([0.5]), Sampling()).tolist()
     [1]
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1)[of]
     if sampling.top_k:
         top, ids = logits.float().topk(min(sampling.top_k, logits.shape[-1]), dim=-1)
-        return ids.gather(-1, _invert(_nucleus((top / sampling.temperature).softmax(-1), sampling.top_p), u))[:, 0]
+        probs = _nucleus((top / sampling.temperature).softmax(-1), sampling.top_p)
+        return ids[of].gather(-1, _invert(probs, u, of))[:, 0]
     scaled = logits.float() / sampling.temperature
     if sampling.top_p == 1:
-        return _invert(scaled.softmax(-1), u)[:, 0]
+        return _invert(scaled.softmax(-1), u, of)[:, 0]
     top, ids = scaled.topk(min(256, scaled.shape[-1]), dim=-1)
     probs = (top - scaled.logsumexp(-1, keepdim=True)).exp()
-    chosen = ids.gather(-1, _invert(_nucleus(probs, sampling.top_p), u))[:, 0]
-    flat = (probs.sum(-1) < sampling.top_p).nonzero()[:, 0]
+    chosen = ids[of].gather(-1, _invert(_nucleus(probs, sampling.top_p), u, of))[:, 0]
+    flat = (probs.sum(-1) < sampling.top_p)[of].nonzero()[:, 0]
     if len(flat):  # few rows, and only they need the whole vocabulary sorted
-        probs, ids = scaled[flat].softmax(-1).sort(-1, descending=True)
+        probs, ids = scaled[of][flat].softmax(-1).sort(-1, descending=True)
         chosen[flat] = ids.gather(-1, _invert(_nucleus(probs, sampling.top_p), u[flat]))[:, 0]
     return chosen
 
@@ -77,11 +84,13 @@ def _nucleus(probs: Float[Tensor, "rows n"], top_p: float) -> Float[Tensor, "row
     return probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
 
 
-def _invert(probs: Float[Tensor, "rows n"], u: Float[Tensor, " rows"]) -> Int[Tensor, "rows 1"]:
-    cumulative = probs.double().cumsum(-1)
+def _invert(
+    probs: Float[Tensor, "states n"], u: Float[Tensor, " rows"], of: Int[Tensor, " rows"] | slice = slice(None)
+) -> Int[Tensor, "rows 1"]:
+    cumulative = probs.double().cumsum(-1)[of]
     target = u.to(cumulative)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)
-    last = (probs > 0).long().cumsum(-1).argmax(-1, keepdim=True)  # u rounds to 1: stay on the last possible token
+    last = (probs > 0).long().cumsum(-1).argmax(-1, keepdim=True)[of]  # u rounds to 1: stay on the last possible token
     return torch.minimum(index, last)
 
 
@@ -92,6 +101,7 @@ def decode(
     edits: list[Edit],
     *,
     rows: Sequence[int],
+    arm: Sequence[Hashable],
     shared: Sequence[Hashable],
     sampling: Sampling,
     window: str = "all",
@@ -100,64 +110,83 @@ def decode(
 ) -> list[Completion]:
     """Complete a batch of token lists; entry r of every edit steers row r.
 
-    Rows with equal `shared` have the same prompt and the same edits on it: their prompt goes through the model once.
+    Rows with equal `arm` have the same prompt and the same edits: as long as their tokens agree, one state of the model
+    serves them all, and it branches where they part. Rows with equal `shared` have the same edits on the prompt but for
+    its last token, which goes through the model once for them.
     rows: numbers that key each row's noise.
     """
-    batch, width = len(prompts), max(map(len, prompts))
-    device = next(model.parameters()).device
+    from transformers import DynamicCache
+
+    width, device = max(map(len, prompts)), next(model.parameters()).device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.arange(width, device=device)[None] >= width - lengths[:, None]
     noise = torch.from_numpy(uniforms(sampling.seed, rows, sampling.max_new_tokens)).to(device)
-    first: dict[Hashable, int] = {}
-    spread = torch.tensor([first.setdefault(key, r) for r, key in enumerate(shared)], device=device)
-    unique, spread = spread.unique(return_inverse=True)
-
-    from transformers import DynamicCache
-
-    cache, tally = DynamicCache(config=model.config), Tally(batch)
+    (first, state), (unique, prefix) = _groups(arm, device), _groups(shared, device)
     settings = {"window": window, "skip_first": skip_first}
+    cache, tally = DynamicCache(config=model.config), Tally(len(first))
     with packed_linears(model):
-        if width > 1:  # all but the last prompt token, once for rows that share it
+        if width > 1:  # all but the last prompt token
             tally = Tally(len(unique))
             prefill = Steering([edit.rows(unique) for edit in edits], prompt_length=lengths[unique], receipt=tally, **settings)
             with attached(model, prefill):
                 _forward(model.base_model, ids[unique, :-1], mask[unique, :-1], cache)
+            spread = prefix[first]
             tally.select(spread)
-            if not torch.equal(unique, spread):
+            if not torch.equal(spread, torch.arange(len(unique), device=device)):
                 cache.batch_select_indices(spread)
-        steering = Steering(edits, prompt_length=lengths, receipt=tally, **settings)
+        steering = Steering([edit.rows(first) for edit in edits], prompt_length=lengths[first], receipt=tally, **settings)
         with attached(model, steering):
-            return _decode_steps(model, ids[:, -1:], mask, cache, steering, tally, noise, sampling)
+            return _decode_steps(model, ids[first, -1:], mask[first], cache, steering, tally, noise, sampling, state)
 
 
-def _decode_steps(model, token, mask, cache, steering: Steering, tally: Tally, noise, sampling: Sampling) -> list[Completion]:
-    """Feed the last prompt token, then one new token a step; rows that met a stop token leave the batch."""
+def _groups(keys: Sequence[Hashable], device) -> tuple[Int[Tensor, " groups"], Int[Tensor, " rows"]]:
+    """Return the first row of each group of equal keys, and the group of each row."""
+    number: dict[Hashable, int] = {}
+    group = [number.setdefault(key, len(number)) for key in keys]
+    return torch.tensor([group.index(g) for g in range(len(number))], device=device), torch.tensor(group, device=device)
+
+
+def _decode_steps(model, token, mask, cache, steering: Steering, tally: Tally, noise, sampling: Sampling, state) -> list[Completion]:
+    """Feed the last prompt token, then one new token a step. Row r reads state `state[r]`; rows that stopped leave."""
     stop = torch.tensor(sampling.stop, device=token.device, dtype=torch.long)
-    tokens: list[list[int]] = [[] for _ in token]
+    tokens: list[list[int]] = [[] for _ in state]
     found: dict[int, Completion] = {}
-    alive = torch.arange(len(token), device=token.device)  # row of the batch -> row asked for
+    alive = torch.arange(len(state), device=token.device)  # -> row asked for
     for step in range(sampling.max_new_tokens):
         logits = _forward(model, token, mask, cache, logits_to_keep=1).logits[:, -1]
-        new = draw(logits, noise[alive, step], sampling)
+        new = draw(logits, noise[alive, step], sampling, state)
         stopped = torch.isin(new, stop)
         last = step == sampling.max_new_tokens - 1
-        for i, (row, t, end) in enumerate(zip(alive.tolist(), new.tolist(), stopped.tolist())):
-            if row not in found:
-                tokens[row] += [] if end else [t]
-                if end or last:
-                    n = int(tally.count[i])
-                    found[row] = Completion(tokens[row], n, float(tally.total[i]) / max(n, 1))
+        for row, t, end, i in zip(alive.tolist(), new.tolist(), stopped.tolist(), state.tolist()):
+            tokens[row] += [] if end else [t]
+            if end or last:
+                n = int(tally.count[i])
+                found[row] = Completion(tokens[row], n, float(tally.total[i]) / max(n, 1))
         if len(found) == len(tokens):
             break
-        token, mask = new[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        keep = torch.tensor([row not in found for row in alive.tolist()], device=token.device)
-        if (~keep).sum() * 8 >= len(keep):  # dropping rows copies the cache: not for every single one
-            index = keep.nonzero()[:, 0]
-            alive, token, mask = alive[index], token[index], mask[index]
-            steering.select(index)
-            cache.batch_select_indices(index)
+        alive, new, state = alive[~stopped], new[~stopped], state[~stopped]
+        parent, token, state = _branch(state, new, len(mask), logits.shape[-1])
+        if parent is not None:
+            mask = mask[parent]
+            steering.select(parent)
+            cache.batch_select_indices(parent)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return [found[row] for row in range(len(tokens))]
+
+
+def _branch(state: Int[Tensor, " rows"], new: Int[Tensor, " rows"], n: int, vocab: int):
+    """Return (parent of each new state or None where the states stay, their tokens, the new state of each row).
+
+    A state that no row reads any more stays while few do: to drop states copies the cache.
+    """
+    pairs, row_state = (state * vocab + new).unique(return_inverse=True)
+    parent, token = pairs // vocab, pairs % vocab
+    if len(parent.unique()) == len(parent) and (n - len(parent)) * 8 < n:
+        whole = token.new_zeros(n)
+        whole[parent] = token
+        return None, whole[:, None], parent[row_state]
+    return parent, token[:, None], row_state
 
 
 def _forward(module, ids: Int[Tensor, "rows pos"], mask: Tensor, cache, **settings):

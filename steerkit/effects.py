@@ -174,7 +174,7 @@ def text_features(
             number = 0 if vectors is None else first + 1  # 0 is the unsteered arm
             rows = [((number + v) * len(scheme.prompts) + p) * scheme.samples + s for v, s in zip(which.tolist(), sample)]
             edits = [] if vectors is None else [Add(layer, vectors[which], scales[which])]
-            texts = decode(model, [start] * len(rows), edits, rows=rows, shared=which.tolist(), sampling=sampling)
+            texts = decode(model, [start] * len(rows), edits, rows=rows, arm=which.tolist(), shared=which.tolist(), sampling=sampling)
             ids = torch.tensor([start + text.tokens for text in texts], device=device)
             with packed_linears(model):
                 resid = residuals(model, ids, layers=[layer])

@@ -139,6 +139,7 @@ def _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_fi
             [ids[plan[r][0]] for r in batch],
             stack([arms[plan[r][1]] for r in batch]),
             rows=batch,
+            arm=[plan[r][:2] for r in batch],
             shared=[plan[r][0] if window in ("last", "generated") else plan[r][:2] for r in batch],
             sampling=sampling,
             window=window,

@@ -1,8 +1,8 @@
 """Linear layers with weights packed once for oneDNN: faster CPU decoding, and rows that do not depend on the batch.
 
-torch's own float32 `linear` repacks the whole weight on every call. With 64 rows that is a large part of a decode step,
-and the rounding of a row changes with the number of rows. Packed weights are about 1.7 times as fast there and give a row
-the same bits in any batch (measured in benchmarks/).
+torch's own `linear` repacks the whole weight on every call. With 64 rows that is a large part of a decode step, and the
+rounding of a row changes with the number of rows. Packed float32 weights are about 1.7 times as fast there and give a row
+the same bits in any batch.
 """
 
 import weakref
@@ -24,12 +24,15 @@ def _packed(layer: nn.Linear):
 
 
 def _packable(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+    if type(module) is not nn.Linear or module.weight.device.type != "cpu":
+        return False
+    dtype = module.weight.dtype
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager
 def packed_linears(model: nn.Module) -> Iterator[None]:
-    """Run the float32 CPU linear layers of `model` on packed weights while the context is open; a no-op elsewhere.
+    """Run the CPU linear layers of `model` on packed weights while the context is open; a no-op elsewhere.
 
     Costs one copy of the weights in memory, kept while the model lives. Inference only: no gradient flows.
     """

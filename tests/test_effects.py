@@ -199,6 +199,7 @@ def test_rollouts_are_those_of_generate():
         [[tok.bos_token_id, *tok("ab", add_special_tokens=False)["input_ids"]]],
         [Add(1, v[None], torch.tensor([4.0]))],
         rows=[0],
+        arm=[0],
         shared=[0],
         sampling=E.Sampling(temperature=0.0, max_new_tokens=7),
     )

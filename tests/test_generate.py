@@ -211,18 +211,19 @@ def test_draws_follow_the_distribution_that_hugging_face_defines(sampling):
     torch.testing.assert_close(counts, scores.softmax(-1)[0], atol=2e-4, rtol=0)
 
 
-def test_packed_linears_agree_with_torch_and_leave_the_model_as_it_was():
-    model = tiny.model("llama")
+@pytest.mark.parametrize("dtype,near", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_packed_linears_agree_with_torch_and_leave_the_model_as_it_was(dtype, near):
+    model = tiny.model("llama").to(dtype)
     ids = torch.randint(5, 200, (3, 7))
     with torch.inference_mode():
         plain = model(input_ids=ids).logits
         with packed_linears(model):
             fast = model(input_ids=ids).logits
         assert torch.equal(model(input_ids=ids).logits, plain)
-        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fast, plain, rtol=near, atol=near)
         model.lm_head.weight.mul_(2.0)  # a changed weight is packed again
         with packed_linears(model):
-            torch.testing.assert_close(model(input_ids=ids).logits, 2 * plain, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(model(input_ids=ids).logits, 2 * plain, rtol=near, atol=10 * near)
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
@@ -279,3 +280,17 @@ def test_top_p_over_a_large_vocabulary_equals_a_full_sort():
     place = (probs.cumsum(-1) <= u[:, None] * probs.sum(-1, keepdim=True)).sum(-1)
     oracle = ids.gather(-1, place[:, None])[:, 0]
     assert (draw(logits, u, Sampling(top_p=0.9)) == oracle).float().mean() > 0.95  # float32 moves a boundary now and then
+
+
+def test_samples_share_the_model_until_they_part():
+    """Near-greedy samples of one arm cost hardly more than one; their texts are those of each alone."""
+    model, tok, fed = tiny.model("llama"), tiny.tokenizer(), []
+    settings = {"samples": 16, "top_p": 0.05, "max_new_tokens": 8, "progress": False, "arms": grid([vec(1)], [4.0])}
+    handle = model.base_model.register_forward_pre_hook(lambda _m, _a, kw: fed.append(len(kw["input_ids"])), with_kwargs=True)
+    together = generate(model, tok, ["So"], batch_size=16, **settings)
+    handle.remove()
+    alone = generate(model, tok, ["So"], batch_size=1, **settings)
+    assert together.tokens.tolist() == alone.tokens.tolist()
+    assert together.changed.tolist() == alone.changed.tolist()
+    distinct = [len({tuple(t[:n]) for t in together.tokens}) for n in range(8)]
+    assert fed[1:] == distinct and max(distinct) < 16  # the prompt, then one row for each distinct beginning
