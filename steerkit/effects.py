@@ -75,6 +75,16 @@ class Effects:
         return self.halves.mean(1)
 
 
+def calibration_rows(tokenizer, text: str, *, rows: int, length: int = 32) -> Int[Tensor, "rows length"]:
+    """Return rows of `length` tokens cut from a text at even distances, each with the beginning-of-text token in front."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    n = len(ids) // (length - 1)
+    if n < rows:
+        raise ValueError(f"text: expected at least {rows} rows of {length - 1} tokens, got {n}: give a longer text or fewer rows")
+    cut = ids[: n * (length - 1)].view(n, -1)[torch.arange(rows) * n // rows]
+    return torch.cat([torch.full((rows, 1), tokenizer.bos_token_id), cut], 1)
+
+
 def solve_scale(scales: Sequence[float], losses: Sequence[float], target: float) -> float:
     """Return where the straight line through the last two points reaches the target, as released.
 
@@ -295,3 +305,95 @@ def load(path: str | Path, vectors: Float[Tensor, "n d_model"]) -> tuple[Effects
     value = torch.from_numpy(bytes_.astype(np.float32) / 127)
     halves = (value.sign() * value.square() * top[:, None]).view(len(scales), 2, -1)
     return Effects(nn.functional.normalize(vectors.float(), dim=-1), scales, halves, baseline), about
+
+
+def training_vectors(W_dec: Float[Tensor, "d_sae d_model"], *, n_held: int = 256, seed: int = 0) -> tuple[Tensor, Bool[Tensor, " n"]]:
+    """Return unit vectors to measure, [2 d_sae, d_model], and which of them are held out, never to be fitted on.
+
+    Every decoder row once, and as many sums of two rows: steering directions that are not themselves rows. First come the
+    held-out ones, n_held rows and n_held sums of such rows; then rows and sums by turns, none of which holds a held-out row.
+    """
+    rows = nn.functional.normalize(W_dec.detach().float(), dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator)
+    out = []
+    for part in (order[:n_held], order[n_held:]):
+        partner = part.roll(1)[torch.randperm(len(part), generator=generator)]
+        partner = torch.where(partner == part, part.roll(1), partner)
+        sums = nn.functional.normalize(rows[part] + rows[partner], dim=1)
+        out.append(torch.stack([rows[part], sums], 1).flatten(0, 1))
+    held = torch.zeros(2 * len(rows), dtype=torch.bool)
+    held[: 2 * n_held] = True
+    return torch.cat(out), held
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure the effects of a preset's training vectors in blocks that resume and can be shared out: `python -m steerkit.effects`."""
+    import argparse
+
+    from steerkit.models import load_model, preset
+    from steerkit.paths import resolve
+    from steerkit.saes import load_sae
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--preset", default="smollm2-135m")
+    parser.add_argument("--layer", type=int, help="default: the preset's primary layer")
+    parser.add_argument("--out", required=True, help="folder of the finished parts")
+    parser.add_argument("--text", default="data/check_texts.txt", help="calibration text, plain")
+    parser.add_argument("--text-rows", type=int, default=4, help="rows of 32 tokens to calibrate on")
+    parser.add_argument("--rise", type=float, default=0.5, help="calibrate to the unsteered loss plus this many nats")
+    parser.add_argument("--dtype", default="bfloat16", help="of the model; the SAE runs in float32")
+    parser.add_argument("--block", type=int, default=512, help="vectors calibrated and measured together")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=2, help="independent measurements of the held-out vectors")
+    parser.add_argument("--shard", type=int, default=0)
+    parser.add_argument("--n-shards", type=int, default=1)
+    parser.add_argument("--ship", help="once all blocks are there, write them to this file")
+    args = parser.parse_args(argv)
+    spec = preset(args.preset)
+    layer = spec.primary_layer if args.layer is None else args.layer
+    model, tokenizer = load_model(spec, dtype=args.dtype)
+    sae = load_sae(spec, spec.sae_set(), layer, hf=model)
+    vectors, held = training_vectors(sae.W_dec)
+    ids = calibration_rows(tokenizer, resolve(args.text).read_text(encoding="utf-8"), rows=args.text_rows)
+    folder, scheme = Path(args.out), Scheme(outlier=spec.outlier)
+    jobs = [(start, 0) for start in range(0, len(vectors), args.block)]
+    jobs += [(start, r) for r in range(1, args.repeats) for start in range(0, int(held.sum()), args.block)]
+    base = _baseline(folder, model, tokenizer, sae, layer, scheme, args.batch_size)
+    found = []
+    for start, repeat in jobs[args.shard :: args.n_shards]:
+        block = vectors[start : start + args.block]
+        scales = _scales(folder / f"scales-{start:06d}.safetensors", model, ids, block, layer, args)
+        noise = replace(scheme, sampling=replace(scheme.sampling, seed=1000 * repeat + start))
+        settings = {"layer": layer, "baseline": base, "scheme": noise, "batch_size": args.batch_size}
+        found.append(measure(model, tokenizer, sae, block, scales, out=folder / f"block-{start:06d}-{repeat}", **settings))
+    if args.ship and args.n_shards == 1:
+        about = {"preset": spec.name, "layer": layer, "vectors": "training_vectors", "repeats": args.repeats, "rise": args.rise}
+        about |= {"text": args.text, "text_rows": args.text_rows, "dtype": args.dtype, "samples": scheme.samples}
+        joined = [torch.cat([getattr(e, name) for e in found]) for name in ("vectors", "scales", "halves")]
+        save(Effects(*joined, base), resolve(args.ship), about)
+
+
+def _baseline(folder: Path, model, tokenizer, sae, layer: int, scheme: Scheme, batch_size: int) -> Float[Tensor, " d_sae"]:
+    store = _Parts(folder / "baseline", _key(model, sae, torch.zeros(1), torch.zeros(1), layer, scheme))
+    if (means := store.get(0)) is None:
+        calm = replace(scheme, samples=64)
+        means = text_features(model, tokenizer, sae, None, None, layer=layer, scheme=calm, batch_size=batch_size)
+        store.put(0, means)
+        means = store.get(0)  # as later calls read it
+    return means[0].mean(0)
+
+
+def _scales(path: Path, model, ids, vectors, layer: int, args) -> Float[Tensor, " n"]:
+    """Return calibrated scales, extrapolated ones cut at twice the grid's end; kept in a file."""
+    if not path.exists():
+        grid = tuple(range(0, 201, 40))
+        scales, beyond, _ = calibrate(model, ids, vectors, layer=layer, rise=args.rise, grid=grid, batch_size=args.batch_size)
+        scales = torch.where(scales > 0, scales, float("inf")).clamp(1.0, 2.0 * grid[-1])
+        write_atomic(path, to_bytes({"scales": scales, "beyond": beyond}))
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("scales")
+
+
+if __name__ == "__main__":
+    main()
