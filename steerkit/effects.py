@@ -26,6 +26,7 @@ from steerkit.hooks import Add
 from steerkit.packed import packed_linears
 from steerkit.partial import starting_from
 from steerkit.paths import write_atomic
+from steerkit.progress import bar
 
 PROMPTS = (
     *("", "", "", "I think", "Breaking news", "Last night", "For sale", "The weather", "Dear Sir/Madam"),
@@ -222,8 +223,6 @@ def measure(
 
     Raises ValueError for scales that are not finite and positive, sizes that do not fit, or an `out` of another run.
     """
-    from tqdm import tqdm
-
     if len(scales) != len(vectors) or not (torch.isfinite(scales) & (scales > 0)).all():
         raise ValueError(f"scales: expected {len(vectors)} finite numbers above 0, got {scales.tolist()[:8]}...")
     vectors = nn.functional.normalize(vectors.float(), dim=-1)
@@ -234,7 +233,7 @@ def measure(
     parts = list(range(0, len(vectors), size))[shard::n_shards]
     store = _Parts(out, _key(model, sae, vectors, scales, layer, scheme))
     found = []
-    for start in tqdm(parts, desc="effects", unit="part", disable=not progress or len(parts) < 2, mininterval=2.0, leave=False):
+    for start in bar(parts, "effects", "part", show=progress):
         means = store.get(start)
         if means is None:
             of = slice(start, start + size)

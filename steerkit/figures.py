@@ -26,8 +26,11 @@ _MAX_PNG = 200_000
 
 
 def style() -> None:
-    """Set the style of every figure: colour-blind safe colours, light grid, left-aligned titles, large type."""
+    """Set the style of every figure: colour-blind safe colours, light grid, left-aligned titles, large type; whole texts in tables."""
+    import pandas as pd
     import seaborn as sns
+
+    pd.set_option("display.max_colwidth", 200)
 
     sns.set_theme(
         context="notebook",

@@ -13,6 +13,7 @@ from torch import nn
 
 from steerkit.decode import Sampling, decode
 from steerkit.hooks import Ablate, Add, Boost, Edit, check_edits
+from steerkit.progress import bar
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def generate(
     key = _key(model, ids, arms, samples, sampling, window, skip_first)
     journal = Journal(str(out).replace("{key}", key) if out else None, key)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for batch in _progress([b for b in batches if not journal.has(b)], progress):
+    for batch in bar([b for b in batches if not journal.has(b)], "generate", "batch", show=progress):
         rows = _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_first)
         journal.write(
             [
@@ -216,9 +217,3 @@ def _key(model: nn.Module, ids, arms: Sequence[Arm], samples: int, sampling: Sam
             for value in values:
                 digest.update(np.ascontiguousarray(torch.as_tensor(value).detach().double().cpu().numpy()).tobytes())
     return digest.hexdigest()[:16]
-
-
-def _progress(batches: list, show: bool):
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="generate", unit="batch", disable=not show or len(batches) < 2, mininterval=2.0, leave=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from steerkit import fetch
 from steerkit.hooks import residual_blocks
 from steerkit.presets import Preset, SaeSet, preset, presets
+from steerkit.progress import quiet
 from steerkit.saes import centre_writing_weights, explain, load_sae, wants_centring
 from steerkit.selfcheck import record, self_check
 
@@ -160,8 +161,9 @@ def load_model(spec: Preset, *, device: str = "auto", dtype: str | torch.dtype |
         raise ValueError(f"{spec.name}: expected a torch dtype such as float32 or bfloat16, got {wanted!r}")
     for local in (True, False):  # what is on disk first, then the hub
         try:
-            hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=local)
-            tok = AutoTokenizer.from_pretrained(path, local_files_only=local)
+            with quiet(local):  # the bar of a download stays
+                hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=local)
+                tok = AutoTokenizer.from_pretrained(path, local_files_only=local)
             break
         except Exception as error:
             if not (local and isinstance(error, OSError)):

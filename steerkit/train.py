@@ -14,6 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from steerkit.paths import cache_dir, write_atomic
+from steerkit.progress import quiet
 from steerkit.shards import Recipe, Shards, harvest, read_shards
 
 log = logging.getLogger(__name__)
@@ -74,10 +75,11 @@ def train(
     n_checkpoints: int = 10,
     device: str = "cpu",
     autocast: bool = True,
+    progress: bool = True,
 ) -> dict:
     """Train one batch-top-k SAE per layer with sae_lens's multi-SAE trainer; resumes from the newest checkpoint.
 
-    Returns {"layer_<L>": BatchTopKTrainingSAE}, activation scaling folded in.
+    Returns {"layer_<L>": BatchTopKTrainingSAE}, activation scaling folded in. progress=False hides sae_lens's bars.
     """
     from sae_lens import BatchTopKTrainingSAEConfig, LoggingConfig
     from sae_lens.config import SAETrainerConfig
@@ -123,7 +125,8 @@ def train(
         log.info("resumed from %s", newest)
     for one in trainer.trainers.values():
         one.optimizer.param_groups[0] |= {"foreach": False, "fused": True}
-    return trainer.fit()
+    with quiet(not progress):
+        return trainer.fit()
 
 
 @torch.no_grad()
