@@ -63,17 +63,17 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Effects:
-    """Effects of n vectors: each of norm 1, added with its scale; `halves` are the effects by every other prompt."""
+    """Effects of n vectors of norm 1, each added with its scale. parts: by every other prompt (2), or their mean (1)."""
 
     vectors: Float[Tensor, "n d_model"]
     scales: Float[Tensor, " n"]
-    halves: Float[Tensor, "n 2 d_sae"]
+    parts: Float[Tensor, "n parts d_sae"]
     baseline: Float[Tensor, " d_sae"]
 
     @property
     def effects(self) -> Float[Tensor, "n d_sae"]:
-        """The effect, mean of both halves."""
-        return self.halves.mean(1)
+        """The effect, mean over parts."""
+        return self.parts.mean(1)
 
 
 def calibration_rows(tokenizer, text: str, *, rows: int, length: int = 32) -> Int[Tensor, "rows length"]:
@@ -279,9 +279,9 @@ def save(effects: Effects, path: str | Path, about: dict) -> Path:
     """Write effects small enough to ship: one byte an entry, on a square-root scale up to each row's largest, compressed.
 
     The step is finest near zero; an entry is off by at most 0.8 % of its row's largest, far less than one rollout's noise.
-    Vectors are not kept: `about` says how to make them again.
+    Parts are averaged. Vectors are not kept: `about` says how to make them again.
     """
-    y = effects.halves.flatten(0, 1).numpy()
+    y = effects.effects.numpy()
     top = np.abs(y).max(1).clip(1e-12)
     codes = np.rint(127 * np.sign(y) * np.sqrt(np.abs(y) / top[:, None])).astype(np.int8)
     packed = np.frombuffer(zlib.compress(codes.tobytes(), 9), np.uint8).copy()
@@ -302,8 +302,8 @@ def load(path: str | Path, vectors: Float[Tensor, "n d_model"]) -> tuple[Effects
         raise ValueError(f"{path}: expected {len(scales)} vectors, got {len(vectors)}: make them as its recipe says, {about}")
     bytes_ = np.frombuffer(zlib.decompress(codes.numpy().tobytes()), np.int8).reshape(len(top), -1)
     value = torch.from_numpy(bytes_.astype(np.float32) / 127)
-    halves = (value.sign() * value.square() * top[:, None]).view(len(scales), 2, -1)
-    return Effects(nn.functional.normalize(vectors.float(), dim=-1), scales, halves, baseline), about
+    effects = value.sign() * value.square() * top[:, None]
+    return Effects(nn.functional.normalize(vectors.float(), dim=-1), scales, effects[:, None], baseline), about
 
 
 def training_vectors(W_dec: Float[Tensor, "d_sae d_model"], *, n_held: int = 256, seed: int = 0) -> tuple[Tensor, Bool[Tensor, " n"]]:
@@ -356,8 +356,8 @@ def main(argv: list[str] | None = None) -> None:
     vectors, held = training_vectors(sae.W_dec)
     ids = calibration_rows(tokenizer, resolve(args.text).read_text(encoding="utf-8"), rows=args.text_rows)
     folder, scheme = Path(args.out), Scheme(outlier=spec.outlier)
-    jobs = [(start, 0) for start in range(0, len(vectors), args.block)]
-    jobs += [(start, r) for r in range(1, args.repeats) for start in range(0, int(held.sum()), args.block)]
+    blocks = range(0, len(vectors), args.block)
+    jobs = [(start, repeat) for start in blocks for repeat in range(args.repeats if start < held.sum() else 1)]
     base = _baseline(folder, model, tokenizer, sae, layer, scheme, args.batch_size)
     found = []
     for start, repeat in jobs[args.shard :: args.n_shards]:
@@ -367,10 +367,13 @@ def main(argv: list[str] | None = None) -> None:
         settings = {"layer": layer, "baseline": base, "scheme": noise, "batch_size": args.batch_size}
         found.append(measure(model, tokenizer, sae, block, scales, out=folder / f"block-{start:06d}-{repeat}", **settings))
     if args.ship and args.n_shards == 1:
-        about = {"preset": spec.name, "layer": layer, "vectors": "training_vectors", "repeats": args.repeats, "rise": args.rise}
-        about |= {"text": args.text, "text_rows": args.text_rows, "dtype": args.dtype, "samples": scheme.samples}
-        joined = [torch.cat([getattr(e, name) for e in found]) for name in ("vectors", "scales", "halves")]
-        save(Effects(*joined, base), resolve(args.ship), about)
+        about = {"preset": spec.name, "layer": layer, "vectors": "training_vectors", "rise": args.rise, "text": args.text}
+        about |= {"text_rows": args.text_rows, "dtype": args.dtype, "prompts": len(scheme.prompts), "samples": scheme.samples}
+        for repeat in range(args.repeats):
+            mine = [e for e, (_, r) in zip(found, jobs) if r == repeat]
+            joined = [torch.cat([getattr(e, name) for e in mine]) for name in ("vectors", "scales", "parts")]
+            name = resolve(args.ship) if not repeat else resolve(args.ship).with_suffix(f".repeat{repeat}.safetensors")
+            save(Effects(*joined, base), name, about | {"repeat": repeat})
 
 
 def _baseline(folder: Path, model, tokenizer, sae, layer: int, scheme: Scheme, batch_size: int) -> Float[Tensor, " d_sae"]:

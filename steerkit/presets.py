@@ -49,6 +49,15 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class EffectFiles:
+    """Published effects of steering vectors (SAE-TS): a hub data set and its two files."""
+
+    repo: str
+    adapter: str
+    effects: str
+
+
+@dataclass(frozen=True)
 class Preset:
     """One entry of data/models.yaml; the first of `saes` is the default set."""
 
@@ -61,6 +70,7 @@ class Preset:
     outlier: float
     hub: str | None = None
     package: Package | None = None
+    effects: EffectFiles | None = None
 
     @property
     def layers(self) -> list[int]:
@@ -120,7 +130,7 @@ def presets(path: str | Path = DATA / "models.yaml") -> dict[str, Preset]:
         if not (isinstance(raw, dict) and isinstance(raw.get("saes"), dict) and raw["saes"]):
             raise ValueError(f"{name}: expected a mapping with at least one SAE set under `saes`, got {raw!r}")
         nested = {"name": name, "saes": {str(k): _build_set(v, f"{name}.saes.{k}") for k, v in raw["saes"].items()}}
-        for key, cls in (("needs", Needs), ("package", Package)):
+        for key, cls in (("needs", Needs), ("package", Package), ("effects", EffectFiles)):
             if key in raw:
                 nested[key] = _build(cls, raw[key], f"{name}.{key}")
         found[name] = _build(Preset, raw | nested, name)
