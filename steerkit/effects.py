@@ -123,14 +123,14 @@ def calibrate(
         raise ValueError(f"expected either target (absolute loss, nats) or rise (above the unsteered loss), got {target} and {rise}")
     with packed_linears(model):
         resid = residuals(model, ids, layers=[layer])[layer]
-        base = _steered_losses(model, ids, resid, vectors[:1], torch.zeros(1), layer, batch_size)[0].item()
+        base = steered_losses(model, ids, resid, vectors[:1], torch.zeros(1), layer, batch_size)[0].item()
         goal = base + rise if target is None else target
         if base >= goal:
             raise ValueError(f"target: expected more than the unsteered loss {base:.3f} nats, got {goal:.3f}: raise it or use `rise`")
         scales, found = torch.full((len(vectors),), float("nan")), torch.zeros(len(vectors), dtype=torch.bool)
         before, active = torch.full((len(vectors),), base), torch.arange(len(vectors))
         for low, high in pairwise(grid):
-            now = _steered_losses(model, ids, resid, vectors[active], torch.full((len(active),), float(high)), layer, batch_size)
+            now = steered_losses(model, ids, resid, vectors[active], torch.full((len(active),), float(high)), layer, batch_size)
             for i, loss in zip(active.tolist(), now.tolist()):
                 scales[i], found[i] = solve_scale([low, high], [before[i].item(), loss], goal), loss > goal
             before[active] = now
@@ -140,8 +140,17 @@ def calibrate(
     return scales, ~found, base
 
 
-def _steered_losses(model, ids, resid, vectors, scales, layer: int, batch_size: int) -> Float[Tensor, " n"]:
-    """Return the mean loss on `ids` for each (vector, scale)."""
+@torch.inference_mode()
+def steered_losses(
+    model: nn.Module,
+    ids: Int[Tensor, "rows pos"],
+    resid: Float[Tensor, "rows pos d_model"],
+    vectors: Float[Tensor, "n d_model"],
+    scales: Float[Tensor, " n"],
+    layer: int,
+    batch_size: int = 64,
+) -> Float[Tensor, " n"]:
+    """Return the mean next-token loss on `ids`, nats, for each vector with its scale; resid is the stream after `layer`."""
     out, rows = [], len(ids)
     for part in torch.arange(len(vectors)).split(max(1, batch_size // rows)):
         step = (vectors[part] * scales[part, None]).to(resid)

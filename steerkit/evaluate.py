@@ -3,8 +3,9 @@
 The peak over scales is picked on one half of the samples and scored on the other; also the papers' way, on the same ones.
 """
 
+import gzip
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from jaxtyping import Float
 from steerkit.generate import BASELINE, generate, grid
 from steerkit.judges.coherence import coherence_judge
 from steerkit.judges.concept import concept_judge
-from steerkit.stats import Interval, _clean
+from steerkit.paths import write_atomic
+from steerkit.stats import Interval, clean
 from steerkit.vectors import SteeringVector
 
 SCALES = tuple(float(s) for s in range(0, 301, 20))
@@ -52,9 +54,7 @@ def sweep(
     scales = [s for s in protocol.scales if s]
     named = [(f"{topic}/{v.name}", v) for topic, vectors in by_topic.items() for v in vectors]
     named += [(f"/{v.name}", v) for v in shared]
-    arms = [BASELINE]
-    for label, v in named:
-        arms += [type(arm)(label, arm.edits, arm.scale) for arm in grid([v], scales)]
+    arms = [BASELINE, *(replace(arm, name=label) for label, v in named for arm in grid([v], scales))]
     settings = {"samples": protocol.samples, "max_new_tokens": protocol.max_new_tokens, "top_k": protocol.top_k, "top_p": protocol.top_p}
     settings |= {"seed": protocol.seed, "stop": [loaded.tokenizer.eos_token_id], "batch_size": batch_size}
     texts = generate(loaded.hf, loaded.tokenizer, list(protocol.prompts), arms, out=out, progress=progress, **settings)
@@ -73,7 +73,7 @@ def sweep(
 
 def product(both: Float[np.ndarray, "n 2"], *, n_boot: int = 1000, seed: int = 0) -> dict[str, Interval]:
     """Return behaviour, coherence and BCS = mean behaviour x mean coherence (not the mean of products), with intervals."""
-    both, rng = _clean(both), np.random.default_rng(seed)
+    both, rng = clean(both), np.random.default_rng(seed)
     n = len(both)
     drawn = rng.multinomial(n, np.full(n, 1 / n), size=n_boot) @ both / n  # [n_boot, 2]
     found = {"behaviour": (both[:, 0].mean(), drawn[:, 0]), "coherence": (both[:, 1].mean(), drawn[:, 1])}
@@ -139,3 +139,15 @@ def compare(judged: pd.DataFrame, a: str, b: str, *, n_boot: int = 1000, seed: i
     low, high = np.quantile(means, [0.025, 0.975]).tolist()
     values = pd.Series(by_topic)
     return Interval(float(values.mean()), low, high, n, len(values)), values
+
+
+def save_scores(judged: pd.DataFrame, path: str | Path) -> Path:
+    """Write the scores, not the texts, as gzipped csv with three decimals: small enough to ship."""
+    columns = ["topic", "prompt", "method", "scale", "sample", "behaviour", "coherence"]
+    text = judged[columns].sort_values(columns[:5]).to_csv(index=False, float_format="%.3f")
+    return write_atomic(path, gzip.compress(text.encode(), 9, mtime=0))
+
+
+def load_scores(path: str | Path) -> pd.DataFrame:
+    """Read what `save_scores` wrote."""
+    return pd.read_csv(path, keep_default_na=False).astype({"scale": float, "behaviour": float, "coherence": float})

@@ -123,6 +123,20 @@ def feature_means(
     return torch.cat(out)
 
 
+def separating(
+    positive: Float[Tensor, "p d_sae"], negative: Float[Tensor, "q d_sae"], *, k: int = 8, max_share: float = 0.1
+) -> Int[Tensor, " k"]:
+    """Return the k features with the largest gap in mean activation between two sets of texts, best first.
+
+    A feature that is active on more than `max_share` of the negative texts is passed over. Takes `feature_means`.
+
+    >>> separating(torch.tensor([[5.0, 9.0], [1.0, 9.0]]), torch.tensor([[0.0, 8.0], [0.0, 8.0]]), k=1).tolist()
+    [0]
+    """
+    gap = (positive.mean(0) - negative.mean(0)).masked_fill((negative > 0).float().mean(0) > max_share, -torch.inf)
+    return gap.topk(min(k, len(gap))).indices
+
+
 @torch.inference_mode()
 def logit_lens(model: nn.Module, tokenizer, direction: Float[Tensor, " d_model"], *, k: int = 10) -> list[tuple[str, float]]:
     """Return the k tokens that a direction raises most: lm_head(final_norm(direction)) (output scores, eqs. 3-4).

@@ -20,8 +20,11 @@ METHOD_COLOURS = {
     "output score": "#56B4E9",
     "input score": "#8C7A00",
     "prompting": "#000000",
+    "Pinverse": "#8C564B",
+    "Rotation": "#7F3C8D",
+    "-Mb": "#17A398",
 }
-METHOD_MARKERS = dict(zip(METHOD_COLOURS, "sxo^DvP<>*", strict=True))
+METHOD_MARKERS = dict(zip(METHOD_COLOURS, "sxo^DvP<>*phX", strict=True))
 _MAX_PNG = 200_000
 
 

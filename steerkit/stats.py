@@ -35,7 +35,8 @@ def _short(number: float) -> str:
     return f"{number:.2f}" if 0.01 <= abs(number) < 100 or number == 0 else f"{number:.3g}"
 
 
-def _clean(values, name: str = "values") -> np.ndarray:
+def clean(values, name: str = "values") -> np.ndarray:
+    """Return the values as floats; ValueError for none, or for NaN or infinity among them."""
     values = np.asarray(values, dtype=float)
     if values.ndim == 0 or len(values) == 0:
         raise ValueError(f"expected at least one sample in `{name}`, got {values.shape}")
@@ -74,7 +75,7 @@ def bootstrap(
 
     Example: `bootstrap([0.2, 0.4, 0.9], groups=["a", "a", "b"])`
     """
-    values = _clean(values)
+    values = clean(values)
     if groups is not None and len(groups) != len(values):
         raise ValueError(f"expected one group label for each of {len(values)} samples, got {len(groups)}")
     if not 0 < level < 1 or n_boot < 100:
@@ -94,7 +95,7 @@ def paired_difference(a, b, statistic: Callable[[np.ndarray], float] = np.mean, 
 
     Example: `paired_difference(steered, baseline, groups=prompts).excludes(0)`
     """
-    a, b = _clean(a, "a"), _clean(b, "b")
+    a, b = clean(a, "a"), clean(b, "b")
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"expected two arrays of equal length, got shapes {a.shape} and {b.shape}")
     return bootstrap(np.stack([a, b], axis=1), lambda rows: statistic(rows[:, 0]) - statistic(rows[:, 1]), **options)
@@ -117,7 +118,7 @@ def noise_floor(
 
     Example: `noise_floor(baseline_scores, groups=prompts)`
     """
-    values = _clean(values)
+    values = clean(values)
     first = [statistic(values[rows]) for rows in _draws(len(values), groups, n_boot, seed)]
     second = [statistic(values[rows]) for rows in _draws(len(values), groups, n_boot, seed + 1)]
     return float(np.quantile(np.abs(np.subtract(first, second)), level))

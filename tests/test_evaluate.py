@@ -1,0 +1,101 @@
+"""Behaviour times coherence: product of means, held-out peaks, paired comparison, on numbers whose answer is known."""
+
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+import steerkit.evaluate as V
+from steerkit.evaluate import Protocol, best_scale, compare, curves, load_scores, peaks, product, save_scores, sweep
+from steerkit.vectors import SteeringVector
+
+
+def scores(cells, topic="t", prompt="p"):
+    """Judged rows from {(method, scale): [(behaviour, coherence), ...]}."""
+    rows = [
+        {"topic": topic, "prompt": prompt, "method": m, "scale": float(s), "sample": i, "text": f"{m}{s}{i}", "behaviour": b, "coherence": c}
+        for (m, s), pairs in cells.items()
+        for i, (b, c) in enumerate(pairs)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_product_of_means_is_not_the_mean_of_products():
+    found = product(np.array([[1.0, 0.0], [0.0, 1.0]]))
+    assert found["BCS"].value == 0.25 and found["behaviour"].value == 0.5 and found["BCS"].n == 2
+
+
+def test_the_interval_of_a_product_is_the_plain_bootstraps():
+    both = np.random.default_rng(1).random((40, 2))
+    found = product(both, n_boot=4000)["BCS"]
+    rng = np.random.default_rng(2)
+    drawn = [both[rng.integers(40, size=40)].mean(0).prod() for _ in range(4000)]
+    assert [found.low, found.high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.01)
+    with pytest.raises(ValueError, match="finite"):
+        product(np.array([[np.nan, 1.0]]))
+
+
+def test_the_peak_is_picked_on_even_samples_and_scored_on_odd_ones():
+    judged = scores(
+        {
+            ("baseline", 0): [(0.0, 1.0)] * 4,
+            ("A", 20): [(1.0, 1.0), (0.2, 1.0), (1.0, 1.0), (0.2, 1.0)],  # good on even samples only
+            ("A", 40): [(0.5, 1.0)] * 4,
+        }
+    )
+    (row,) = peaks(judged).to_dict("records")
+    assert row["scale"] == 20 and row["bcs"] == pytest.approx(0.2) and row["n"] == 2
+    assert row["same"] == pytest.approx(0.6) and row["same_scale"] == 20  # the papers' way: the same samples
+    assert best_scale(judged[judged.method == "A"]) == 20
+
+
+def test_curves_give_every_method_the_unsteered_text_as_scale_0():
+    judged = scores({("baseline", 0): [(0.1, 0.9)] * 4, ("A", 20): [(0.5, 0.5)] * 4, ("B", 20): [(0.2, 0.5)] * 4})
+    table = curves(judged)
+    at = table[table.score == "BCS"].set_index(["method", "scale"]).value
+    assert at["A", 0.0] == at["B", 0.0] == pytest.approx(0.09) and at["A", 20.0] == pytest.approx(0.25)
+    assert set(table.score) == {"behaviour", "coherence", "BCS"} and len(table) == 2 * 2 * 3
+
+
+def test_compare_pairs_topics_and_its_interval_covers_a_known_difference():
+    rng = np.random.default_rng(0)
+
+    def noisy(mean, n=64):
+        return [(float(b), 1.0) for b in np.clip(rng.normal(mean, 0.05, n), 0, 1)]
+
+    parts = []
+    for k, base in enumerate((0.2, 0.4, 0.6)):  # topics differ far more than methods do
+        parts.append(scores({("baseline", 0): noisy(0.1), ("A", 20): noisy(base + 0.1), ("B", 20): noisy(base)}, topic=f"t{k}"))
+    difference, by_topic = compare(pd.concat(parts), "A", "B")
+    assert 0.1 in difference and difference.excludes(0) and difference.high - difference.low < 0.1
+    assert difference.groups == 3 and by_topic.tolist() == pytest.approx([0.1] * 3, abs=0.04)
+    same, _ = compare(pd.concat(parts), "A", "A")
+    assert 0 in same
+
+
+def test_sweep_judges_each_topic_with_its_own_vectors_and_shared_ones(monkeypatch, tmp_path):
+    """Judges that read planted words: behaviour is the share of the topic's letter, coherence 1 for every text."""
+    model, tok, asked = tiny.model("llama"), tiny.tokenizer(), []
+
+    def coherence(hf, tokenizer):
+        return lambda texts, prompts: asked.extend(texts) or np.ones(len(texts))
+
+    monkeypatch.setattr(V, "coherence_judge", coherence)
+    monkeypatch.setattr(V, "concept_judge", lambda topic: lambda texts: np.array([t.count(topic) / max(len(t), 1) for t in texts]))
+    head = model.get_output_embeddings().weight.detach()
+    letters = {c: tok(c, add_special_tokens=False)["input_ids"][0] for c in "ab"}
+    by_topic = {c: [SteeringVector("M", head[i], 2, "tiny")] for c, i in letters.items()}
+    shared = [SteeringVector("random direction", torch.randn(tiny.D_MODEL, generator=torch.Generator().manual_seed(0)), 2, "tiny")]
+    protocol = Protocol(prompts=("So",), scales=(0.0, 900.0), samples=4, max_new_tokens=5)
+    loaded = types.SimpleNamespace(hf=model, tokenizer=tok)
+    judged = sweep(loaded, by_topic, shared, protocol=protocol, out=tmp_path / "s.jsonl", progress=False)
+    at = judged.groupby(["topic", "method"]).behaviour.mean()
+    assert at["a", "M"] == at["b", "M"] == 1.0  # steered along a letter's unembedding, it writes that letter
+    assert set(judged.method) == {"M", "random direction", "baseline"} and len(judged) == 2 * 3 * 4
+    assert len(asked) == len(set(asked))  # each distinct text is judged once
+    back = load_scores(save_scores(judged, tmp_path / "scores.csv.gz"))
+    assert len(back) == len(judged) and (back.behaviour - judged.behaviour).abs().max() < 1e-3
+    assert peaks(back)[["topic", "method", "bcs"]].equals(peaks(judged.round(3))[["topic", "method", "bcs"]])
