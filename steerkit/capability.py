@@ -93,7 +93,7 @@ class PerplexityRatio:
     mean_perplexity: Interval  # mean of perplexities; a few texts can decide it
 
 
-def perplexity_ratio(losses: Float[np.ndarray, "*vectors texts"], clean: Float[np.ndarray, " texts"], **options) -> PerplexityRatio:
+def perplexity_ratio(losses: Float[np.ndarray, "*vectors texts"], clean: Float[np.ndarray, " same_texts"], **options) -> PerplexityRatio:
     """Return the perplexity ratio of steered to unsteered text both ways, with bootstrap intervals over texts.
 
     mean_loss = exp(mean(losses - clean)); mean_perplexity = mean(exp(losses)) / mean(exp(clean)). losses, clean: mean loss of the
@@ -136,9 +136,7 @@ def minimal_pairs(source: str | Path, *, per_uid: int | None = None, seed: int =
         parts = [load_dataset(str(source), name, split="train", streaming=True) for name in get_dataset_config_names(str(source))]
     pairs = pd.DataFrame([record for part in parts for record in part])
     if absent := [name for name in COLUMNS if name not in pairs]:
-        raise ValueError(
-            f"{source}: expected the columns {', '.join(COLUMNS)}, got {', '.join(pairs) or 'none'}: {', '.join(absent)} missing"
-        )
+        raise ValueError(f"{source}: expected the columns {COLUMNS}, got {list(pairs)}: add or rename {absent}")
     pairs = pairs[COLUMNS]
     if holes := int(pairs.isna().any(axis=1).sum()):
         raise ValueError(f"{source}: expected a value in every column of every row, got {holes} rows with a gap: drop them")
