@@ -162,6 +162,17 @@ def steered_losses(
     return torch.cat(out)
 
 
+def _activations(model, sae, ids, layer: int, special, scheme: Scheme) -> tuple[Float[Tensor, "rows d_sae"], Float[Tensor, "rows 1"]]:
+    """Return each text's summed activations and the number of positions that count, read with steering off."""
+    with packed_linears(model):
+        resid = residuals(model, ids, layers=[layer])
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    if scheme.positions == "ordinary":
+        keep = ordinary_positions(ids, None, resid, special=special, outlier=scheme.outlier)
+    acts = sae.encode(resid[layer].to(sae.dtype)).float() * keep[..., None]
+    return acts.sum(1), keep.sum(1, keepdim=True).float()
+
+
 @torch.inference_mode()
 def text_features(
     model: nn.Module,
@@ -183,27 +194,24 @@ def text_features(
     n, device = 1 if vectors is None else len(vectors), next(model.parameters()).device
     total = torch.zeros(n, 2, sae.W_dec.shape[0], device=device)
     count = torch.zeros(n, 2, 1, device=device)
-    special = tokenizer.all_special_ids
-    for p, prompt in enumerate(scheme.prompts):
-        start = prompt_ids(tokenizer, prompt)
-        sampling = replace(scheme.sampling, max_new_tokens=scheme.length - len(start))
-        pairs = [(v, s) for v in range(n) for s in range(scheme.samples)]
-        for at in range(0, len(pairs), batch_size):
-            which, sample = zip(*pairs[at : at + batch_size])
-            which = torch.tensor(which)
-            number = 0 if vectors is None else first + 1  # 0 is the unsteered arm
-            rows = [((number + v) * len(scheme.prompts) + p) * scheme.samples + s for v, s in zip(which.tolist(), sample)]
+    starts = [prompt_ids(tokenizer, prompt) for prompt in scheme.prompts]
+    number = 0 if vectors is None else first + 1  # 0 is the unsteered arm
+    for length in sorted({len(start) for start in starts}):  # prompts of one length share batches, without pads
+        mine = [p for p, start in enumerate(starts) if len(start) == length]
+        plan = [(v, p, s) for v in range(n) for p in mine for s in range(scheme.samples)]
+        sampling = replace(scheme.sampling, max_new_tokens=scheme.length - length)
+        for at in range(0, len(plan), batch_size):
+            batch = plan[at : at + batch_size]
+            which = torch.tensor([v for v, _, _ in batch])
+            rows = [((number + v) * len(starts) + p) * scheme.samples + s for v, p, s in batch]
+            arm = [(v, tuple(starts[p])) for v, p, _ in batch]
             edits = [] if vectors is None else [Add(layer, vectors[which], scales[which])]
-            texts = decode(model, [start] * len(rows), edits, rows=rows, arm=which.tolist(), shared=which.tolist(), sampling=sampling)
-            ids = torch.tensor([start + text.tokens for text in texts], device=device)
-            with packed_linears(model):
-                resid = residuals(model, ids, layers=[layer])
-            keep = torch.ones_like(ids, dtype=torch.bool)
-            if scheme.positions == "ordinary":
-                keep = ordinary_positions(ids, None, resid, special=special, outlier=scheme.outlier)
-            acts = sae.encode(resid[layer].to(sae.dtype)).float() * keep[..., None]
-            total[:, p % 2].index_add_(0, which.to(device), acts.sum(1))
-            count[:, p % 2].index_add_(0, which.to(device), keep.sum(1, keepdim=True).float())
+            texts = decode(model, [starts[p] for _, p, _ in batch], edits, rows=rows, arm=arm, shared=arm, sampling=sampling)
+            ids = torch.tensor([starts[p] + text.tokens for (_, p, _), text in zip(batch, texts)], device=device)
+            acts, kept = _activations(model, sae, ids, layer, tokenizer.all_special_ids, scheme)
+            cell = (which.to(device), torch.tensor([p % 2 for _, p, _ in batch], device=device))
+            total.index_put_(cell, acts, accumulate=True)
+            count.index_put_(cell, kept, accumulate=True)
     return (total / count.clamp_min(1)).cpu()
 
 
