@@ -115,6 +115,21 @@ def with_receipt(loaded) -> str:
     return receipt.summary(0)
 
 
+def device_line() -> str:
+    """Return the machine and versions in words."""
+    return f"{_device()}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
+
+
+def write_table(name: str, lines: list[str]) -> None:
+    """Print a table and put it into benchmarks/README.md, in place of the last one of that name."""
+    text = "\n".join([MARK.format(name), "", *lines, "", MARK.format("end")])
+    print(text)
+    readme = ROOT / "benchmarks" / "README.md"
+    pattern = re.compile(re.escape(MARK.format(name)) + ".*?" + re.escape(MARK.format("end")), re.DOTALL)
+    old = readme.read_text()
+    write_atomic(readme, pattern.sub(lambda _: text, old) if pattern.search(old) else old.rstrip() + "\n\n" + text + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="smollm2-135m")
@@ -129,25 +144,8 @@ def main() -> None:
     settings = (
         f"{args.preset}, {args.dtype}, batch {args.batch}, {args.new} new tokens, top-k 50, vector at layer {loaded.preset.primary_layer}"
     )
-    machine = f"{_device()}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
-    text = "\n".join(
-        [
-            MARK.format(args.preset),
-            "",
-            f"{settings}. {machine}. Medians of {args.rounds} rounds, in which all take turns.",
-            "",
-            *rows,
-            "",
-            f"Proof of steering: {with_receipt(loaded)}",
-            "",
-            MARK.format("end"),
-        ]
-    )
-    print(text)
-    readme = ROOT / "benchmarks" / "README.md"
-    pattern = re.compile(re.escape(MARK.format(args.preset)) + ".*?" + re.escape(MARK.format("end")), re.DOTALL)
-    old = readme.read_text()
-    write_atomic(readme, pattern.sub(lambda _: text, old) if pattern.search(old) else old.rstrip() + "\n\n" + text + "\n")
+    about = f"{settings}. {device_line()}. Medians of {args.rounds} rounds, in which all take turns."
+    write_table(args.preset, [about, "", *rows, "", f"Proof of steering: {with_receipt(loaded)}"])
 
 
 if __name__ == "__main__":

@@ -81,15 +81,21 @@ def product(both: Float[np.ndarray, "n 2"], *, n_boot: int = 1000, seed: int = 0
     return {k: Interval(float(value), *np.quantile(d, [0.025, 0.975]).tolist(), n) for k, (value, d) in found.items()}
 
 
-def curves(judged: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Return a row for each topic, prompt, method, scale and score: value, low, high, n. Unsteered text is every method's scale 0."""
-    rows = []
+def _by_method(judged: pd.DataFrame):
+    """Yield (topic, prompt, method, its texts); unsteered text is every method's scale 0."""
     for (topic, prompt), part in judged.groupby(["topic", "prompt"]):
         plain = part[part.method == BASELINE.name]
         for method, mine in part[part.method != BASELINE.name].groupby("method"):
-            for scale, texts in [(0.0, plain), *mine.groupby("scale")]:
-                for score, i in product(texts[["behaviour", "coherence"]].to_numpy(), n_boot=n_boot, seed=seed).items():
-                    rows.append([topic, prompt, method, scale, score, i.value, i.low, i.high, i.n])
+            yield topic, prompt, method, pd.concat([plain.assign(scale=0.0), mine])
+
+
+def curves(judged: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Return a row for each topic, prompt, method, scale and score: value, low, high, n. Unsteered text is every method's scale 0."""
+    rows = []
+    for topic, prompt, method, mine in _by_method(judged):
+        for scale, texts in mine.groupby("scale"):
+            for score, i in product(texts[["behaviour", "coherence"]].to_numpy(), n_boot=n_boot, seed=seed).items():
+                rows.append([topic, prompt, method, scale, score, i.value, i.low, i.high, i.n])
     return pd.DataFrame(rows, columns=["topic", "prompt", "method", "scale", "score", "value", "low", "high", "n"])
 
 
@@ -97,7 +103,7 @@ def peaks(judged: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.Data
     """Return a row for each topic, prompt and method: the peak BCS picked on even samples and scored on odd ones, with its
     interval, scale and n; and `same`, the maximum over scales on all samples, as the papers report it."""
     rows = []
-    for (topic, prompt, method), mine in judged[judged.method != BASELINE.name].groupby(["topic", "prompt", "method"]):
+    for topic, prompt, method, mine in _by_method(judged):
         scale = best_scale(mine[mine["sample"] % 2 == 0])
         rest = mine[(mine.scale == scale) & (mine["sample"] % 2 == 1)]
         i = product(rest[["behaviour", "coherence"]].to_numpy(), n_boot=n_boot, seed=seed)
@@ -118,27 +124,20 @@ def compare(judged: pd.DataFrame, a: str, b: str, *, n_boot: int = 1000, seed: i
 
     The interval draws topics, and samples within them, with replacement; both methods share the topics drawn.
     """
-    rng, drawn, by_topic, n = np.random.default_rng(seed), [], {}, 0
-    for topic, part in judged.groupby("topic"):
-        sides = []
-        for method in (a, b):
-            scores, value = [], []
-            for _, mine in part[part.method == method].groupby("prompt"):
-                scale = best_scale(mine[mine["sample"] % 2 == 0])
-                both = mine[(mine.scale == scale) & (mine["sample"] % 2 == 1)][["behaviour", "coherence"]].to_numpy()
-                weights = rng.multinomial(len(both), np.full(len(both), 1 / len(both)), size=n_boot)
-                scores.append((weights @ both / len(both)).prod(1))
-                value.append(both.mean(0).prod())
-                n += len(both)
-            sides.append((np.mean(scores, 0), np.mean(value)))
-        by_topic[topic] = sides[0][1] - sides[1][1]
-        drawn.append(sides[0][0] - sides[1][0])
-    drawn = np.stack(drawn)
-    topics = rng.integers(len(drawn), size=(n_boot, len(drawn)))
-    means = drawn[topics, np.arange(n_boot)[:, None]].mean(1)
+    rng, drawn, by_topic, n = np.random.default_rng(seed), {}, {}, 0
+    for topic, _, method, mine in _by_method(judged[judged.method.isin([a, b, BASELINE.name])]):
+        scale = best_scale(mine[mine["sample"] % 2 == 0])
+        both = mine[(mine.scale == scale) & (mine["sample"] % 2 == 1)][["behaviour", "coherence"]].to_numpy()
+        weights = rng.multinomial(len(both), np.full(len(both), 1 / len(both)), size=n_boot)
+        drawn.setdefault((topic, method), []).append((weights @ both / len(both)).prod(1))
+        by_topic.setdefault((topic, method), []).append(both.mean(0).prod())
+        n += len(both)
+    topics = sorted({topic for topic, _ in drawn})
+    values = pd.Series({t: np.mean(by_topic[t, a]) - np.mean(by_topic[t, b]) for t in topics})
+    gaps = np.stack([np.mean(drawn[t, a], 0) - np.mean(drawn[t, b], 0) for t in topics])  # [topics, n_boot]
+    means = gaps[rng.integers(len(topics), size=(n_boot, len(topics))), np.arange(n_boot)[:, None]].mean(1)
     low, high = np.quantile(means, [0.025, 0.975]).tolist()
-    values = pd.Series(by_topic)
-    return Interval(float(values.mean()), low, high, n, len(values)), values
+    return Interval(float(values.mean()), low, high, n, len(topics)), values
 
 
 def save_scores(judged: pd.DataFrame, path: str | Path) -> Path:

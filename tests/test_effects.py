@@ -180,13 +180,14 @@ def test_bad_scales_are_a_clear_error():
 
 
 def test_shipped_form_is_within_its_stated_error(tmp_path):
-    y = torch.randn(4, 2, 50, generator=torch.Generator().manual_seed(0)) ** 3
-    kept = Effects(vectors(4), torch.rand(4), y, torch.rand(50))
+    means, base = torch.randn(4, 2, 50, generator=torch.Generator().manual_seed(0)).abs() ** 3, torch.rand(50)
+    kept = Effects(vectors(4), torch.rand(4), means - base, base)
     back, about = E.load(E.save(kept, tmp_path / "e.safetensors", {"seed": 3}), vectors(4))
-    assert about == {"seed": 3} and torch.equal(back.scales, kept.scales)
-    mean = y.mean(1)
-    assert ((back.effects - mean).abs() / mean.abs().amax(1, keepdim=True)).max() < 0.008
-    with pytest.raises(ValueError, match="expected 4 vectors, got 3"):
+    assert about == {"seed": 3} and torch.equal(back.scales, kept.scales) and torch.equal(back.baseline, base)
+    off = (back.effects - kept.effects).abs() / means.mean(1).amax(1, keepdim=True)
+    assert off.max() < 0.004 + 1e-6
+    torch.testing.assert_close(E.load(tmp_path / "e.safetensors", vectors(9))[0].vectors, vectors(9)[:4])  # the first four of nine
+    with pytest.raises(ValueError, match="at least 4 vectors, got 3"):
         E.load(tmp_path / "e.safetensors", vectors(3))
 
 

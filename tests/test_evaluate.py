@@ -15,8 +15,9 @@ from steerkit.vectors import SteeringVector
 
 def scores(cells, topic="t", prompt="p"):
     """Judged rows from {(method, scale): [(behaviour, coherence), ...]}."""
+    same = {"topic": topic, "prompt": prompt}
     rows = [
-        {"topic": topic, "prompt": prompt, "method": m, "scale": float(s), "sample": i, "text": f"{m}{s}{i}", "behaviour": b, "coherence": c}
+        {**same, "method": m, "scale": float(s), "sample": i, "text": f"{m}{s}{i}", "behaviour": b, "coherence": c}
         for (m, s), pairs in cells.items()
         for i, (b, c) in enumerate(pairs)
     ]

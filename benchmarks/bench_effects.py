@@ -1,0 +1,95 @@
+"""Effects of steering vectors in vectors a second, and the two fits of the approximator: `make bench`."""
+
+import argparse
+import time
+
+import torch
+from bench_generate import device_line, rates_by_round, write_table
+
+from steerkit import models
+from steerkit.approximator import agreement, fit_adam, fit_ridge
+from steerkit.effects import PROMPTS, Scheme, load, text_features, training_vectors
+from steerkit.features import residuals
+from steerkit.paths import DATA
+
+
+def released_scheme(loaded, sae, vectors, scale: float, *, layer: int, samples: int):
+    """One vector at a time, one TransformerBridge.generate call a prompt, then a second pass without the vector."""
+    means = []
+    for vector in vectors:
+
+        def add(resid, hook=None, vector=vector):
+            return resid + scale * vector
+
+        total, count = 0, 0
+        for prompt in PROMPTS:
+            ids, _ = loaded.tokens([prompt])
+            with loaded.model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", add)]):
+                new = 32 - ids.shape[1]
+                settings = {"max_new_tokens": new, "do_sample": True, "top_k": 50, "top_p": 0.3, "stop_at_eos": False, "verbose": False}
+                texts = loaded.model.generate(ids.repeat(samples, 1), **settings)
+            with torch.inference_mode():
+                acts = sae.encode(residuals(loaded.hf, texts, layers=[layer])[layer])
+            total, count = total + acts[:, 1:].sum((0, 1)), count + acts[:, 1:].shape[:2].numel()
+        means.append(total / count)
+    return torch.stack(means)
+
+
+def table(loaded, *, n: int, slow: int, samples: int, rounds: int) -> list[str]:
+    """Return the rows for one number of samples a prompt: ours with n vectors at once, theirs with `slow` of them."""
+    layer = loaded.preset.primary_layer
+    sae = loaded.sae(layer)
+    vectors = training_vectors(sae.W_dec)[0][:n].to(loaded.hf.device)
+    scales, scheme = torch.full((n,), 60.0), Scheme(samples=samples)
+    calls = {
+        "ours": lambda: text_features(loaded.hf, loaded.tokenizer, sae, vectors, scales, layer=layer, scheme=scheme, batch_size=256),
+        "theirs": lambda: released_scheme(loaded, sae, vectors[:slow], 60.0, layer=layer, samples=samples),
+    }
+    found = rates_by_round(calls, 1, rounds=rounds, synchronize=torch.cuda.synchronize if loaded.hf.device.type == "cuda" else lambda: None)
+    ours, theirs = ([rate * k for rate in found[name]] for name, k in (("ours", n), ("theirs", slow)))
+    ratios = sorted(a / b for a, b in zip(ours, theirs))
+    middle, low, high = len(ratios) // 2, ratios[0], ratios[-1]
+    return [
+        f"| steerkit.effects, {samples} a prompt | {sorted(ours)[middle]:.3g} | |",
+        f"| released scheme, {samples} a prompt | {sorted(theirs)[middle]:.3g} | {ratios[middle]:.1f} ({low:.1f} to {high:.1f}) |",
+    ]
+
+
+def fits(path, W_dec) -> list[str]:
+    """Return the rows that compare the closed form with Adam: seconds, and error on held-out vectors."""
+    vectors, held = training_vectors(W_dec)
+    shipped, _ = load(path, vectors)
+    x, y, rows = shipped.vectors, shipped.effects, []
+    for name, fit in (
+        ("closed form, penalty by 5-fold cross-validation", lambda: fit_ridge(x[~held], y[~held])[0]),
+        ("Adam, 15 epochs (released)", lambda: fit_adam(x[~held], y[~held])),
+        ("Adam, 90 epochs (as many steps as the paper)", lambda: fit_adam(x[~held], y[~held], epochs=90)),
+    ):
+        start = time.perf_counter()
+        fitted = fit()
+        took, found = time.perf_counter() - start, agreement(fitted(x[held]), y[held], y[~held].mean(0))
+        rows.append(f"| {name} | {took:.1f} | {found['r2']:.3f} | {found['cosine'].mean():.3f} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--vectors", type=int, default=64, help="vectors at once, ours")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    loaded = models.open(args.preset, device=args.device)
+    rows = ["| what | vectors/s | steerkit / this, median (lowest to highest) |", "|---|---|---|"]
+    rows += table(loaded, n=args.vectors, slow=1, samples=1, rounds=args.rounds)
+    rows += table(loaded, n=4, slow=1, samples=64, rounds=1)
+    shipped = DATA / "effects" / args.preset / f"layer_{loaded.preset.primary_layer}.safetensors"
+    if shipped.exists():
+        rows += ["", "| fit of the approximator | seconds | held-out R2 | held-out cosine |", "|---|---|---|---|"]
+        rows += fits(shipped, loaded.sae(loaded.preset.primary_layer).W_dec)
+    about = f"{args.preset}, 14 prompts, 32 tokens, SAE of layer {loaded.preset.primary_layer}. {device_line()}."
+    write_table(f"effects, {args.preset}", [about, "", *rows])
+
+
+if __name__ == "__main__":
+    main()
