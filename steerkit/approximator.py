@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from steerkit.paths import write_atomic
+from steerkit.stats import bootstrap
 from steerkit.vectors import SteeringVector
 
 
@@ -202,3 +204,28 @@ def agreement(predicted: Float[Tensor, "n d_sae"], measured: Float[Tensor, "n d_
     norms = y.norm(dim=1) * p.norm(dim=1)
     cosine = torch.where(norms > 0, (y * p).sum(1) / norms.clamp_min(1e-30), 0.0)
     return {"r2": float(1 - parts[:, 0].sum() / parts[:, 1].sum()), "parts": parts.numpy(), "cosine": cosine.numpy()}
+
+
+def budget(
+    x: Float[Tensor, "n d_model"],
+    parts: Float[Tensor, "n 2 d_sae"],
+    x_new: Float[Tensor, "m d_model"],
+    y_new: Float[Tensor, "m d_sae"],
+    *,
+    rollouts: int = 14,
+    smallest: int = 240,
+) -> pd.DataFrame:
+    """Return held-out cosine of the ridge fit against the rollouts spent: all of each vector's, or half on twice as many.
+
+    parts: effects by every other prompt, from which "half" takes the first. Columns: prompts (rollouts a vector), vectors,
+    rollouts, cosine with its interval over held-out vectors, n.
+    """
+    rows, centre = [], parts.mean((0, 1))
+    for each, y in ((rollouts // 2, parts[:, 0]), (rollouts, parts.mean(1))):
+        n = smallest
+        while n <= len(x):
+            found = agreement(fit_ridge(x[:n], y[:n])[0](x_new), y_new, centre)
+            i = bootstrap(found["cosine"])
+            rows.append([each, n, n * each, i.value, i.low, i.high, i.n])
+            n *= 2
+    return pd.DataFrame(rows, columns=["prompts", "vectors", "rollouts", "cosine", "low", "high", "n"])

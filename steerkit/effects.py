@@ -363,6 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--block", type=int, default=512, help="vectors calibrated and measured together")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2, help="independent measurements of the held-out vectors")
+    parser.add_argument("--first", type=int, help="measure this many vectors only, the held-out ones first")
     parser.add_argument("--shard", type=int, default=0)
     parser.add_argument("--n-shards", type=int, default=1)
     parser.add_argument("--ship", help="once all blocks are there, write them to this file")
@@ -371,27 +372,41 @@ def main(argv: list[str] | None = None) -> None:
     layer = spec.primary_layer if args.layer is None else args.layer
     model, tokenizer = load_model(spec, dtype=args.dtype)
     sae = load_sae(spec, spec.sae_set(), layer, hf=model)
-    vectors, held = training_vectors(sae.W_dec)
+    vectors, held = (t[: args.first] for t in training_vectors(sae.W_dec))
     ids = calibration_rows(tokenizer, resolve(args.text).read_text(encoding="utf-8"), rows=args.text_rows)
     folder, scheme = Path(args.out), Scheme(outlier=spec.outlier)
     blocks = range(0, len(vectors), args.block)
     jobs = [(start, repeat) for start in blocks for repeat in range(args.repeats if start < held.sum() else 1)]
     base = _baseline(folder, model, tokenizer, sae, layer, scheme, args.batch_size)
-    found = []
+    found: dict[int, list[Effects]] = {}
     for start, repeat in jobs[args.shard :: args.n_shards]:
         block = vectors[start : start + args.block]
         scales = _scales(folder / f"scales-{start:06d}.safetensors", model, ids, block, layer, args)
         noise = replace(scheme, sampling=replace(scheme.sampling, seed=1000 * repeat + start))
         settings = {"layer": layer, "baseline": base, "scheme": noise, "batch_size": args.batch_size}
-        found.append(measure(model, tokenizer, sae, block, scales, out=folder / f"block-{start:06d}-{repeat}", **settings))
+        measured = measure(model, tokenizer, sae, block, scales, out=folder / f"block-{start:06d}-{repeat}", **settings)
+        found.setdefault(repeat, []).append(measured)
     if args.ship and args.n_shards == 1:
         about = {"preset": spec.name, "layer": layer, "vectors": "training_vectors", "rise": args.rise, "text": args.text}
         about |= {"text_rows": args.text_rows, "dtype": args.dtype, "prompts": len(scheme.prompts), "samples": scheme.samples}
-        for repeat in range(args.repeats):
-            mine = [e for e, (_, r) in zip(found, jobs) if r == repeat]
-            joined = [torch.cat([getattr(e, name) for e in mine]) for name in ("vectors", "scales", "parts")]
-            name = resolve(args.ship) if not repeat else resolve(args.ship).with_suffix(f".repeat{repeat}.safetensors")
-            save(Effects(*joined, base), name, about | {"repeat": repeat})
+        _ship(resolve(args.ship), {repeat: _join(blocks, base) for repeat, blocks in found.items()}, held, about)
+
+
+def _join(blocks: list[Effects], baseline: Tensor) -> Effects:
+    return Effects(*(torch.cat([getattr(e, name) for e in blocks]) for name in ("vectors", "scales", "parts")), baseline)
+
+
+def _ship(path: Path, found: dict[int, Effects], held: Bool[Tensor, " n"], about: dict) -> None:
+    """Write the effects, each repeat beside them, and what a budget of rollouts buys."""
+    from steerkit.approximator import budget
+
+    for repeat, effects in found.items():
+        save(effects, path if not repeat else path.with_suffix(f".repeat{repeat}.safetensors"), about | {"repeat": repeat})
+    first = found[0]
+    held = held[: len(first.scales)]
+    target = torch.stack([e.effects[held[: len(e.scales)]] for e in found.values()]).mean(0)
+    table = budget(first.vectors[~held], first.parts[~held], first.vectors[held], target, rollouts=about["prompts"] * about["samples"])
+    write_atomic(path.parent / "budget.csv", table.to_csv(index=False, float_format="%.4f"))
 
 
 def _baseline(folder: Path, model, tokenizer, sae, layer: int, scheme: Scheme, batch_size: int) -> Float[Tensor, " d_sae"]:

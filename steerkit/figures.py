@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from steerkit.stats import Interval
@@ -57,6 +58,38 @@ def style() -> None:
             "font.family": "DejaVu Sans",
         },
     )
+
+
+def panels(names: Sequence[str], *, xlabel: str, ylabel: str, columns: int = 3, height: float = 2.6):
+    """Return a figure and {name: axes}: small panels with shared axes, one for each name, labelled on the outside."""
+    import matplotlib.pyplot as plt
+
+    rows, columns = -(-len(names) // columns), min(columns, len(names))
+    fig, axes = plt.subplots(rows, columns, figsize=(max(3.0 * columns, 5.0), height * rows), sharex=True, sharey=True, squeeze=False)
+    for i, ax in enumerate(axes.flat):
+        if i >= len(names):
+            ax.set_axis_off()
+            continue
+        ax.set_title(names[i].replace("_", " "), fontsize=10)
+        below = i + columns >= len(names)
+        ax.set(xlabel=xlabel if below else "", ylabel=ylabel if i % columns == 0 else "")
+        ax.tick_params(labelbottom=below)
+    return fig, dict(zip(names, axes.flat))
+
+
+def finding(fig, title: str, *, legend: bool = True) -> None:
+    """Give a figure of panels its title, which states the finding, and one legend below all panels."""
+    fig.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    if legend:
+        handles, labels = fig.axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="upper center", ncols=len(labels), bbox_to_anchor=(0.5, 0.0))
+
+
+def band(ax, table, method: str, *, x: str = "scale", label: str | None = None) -> None:
+    """Draw a method's curve (columns value, low, high against `x`) with its interval, in the method's colour."""
+    colour = METHOD_COLOURS[method]
+    ax.plot(table[x], table["value"], color=colour, label=label or method)
+    ax.fill_between(table[x], table["low"], table["high"], color=colour, alpha=0.2)
 
 
 @dataclass(frozen=True)

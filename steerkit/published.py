@@ -1,12 +1,15 @@
-"""The effects and approximators that SAE-TS published on the hub, as ours are kept."""
+"""Measured effects, wherever they are: shipped with this project, or published by SAE-TS on the hub."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerkit.approximator import Approximator
+from steerkit.approximator import Approximator, fit_adam, fit_ridge
+from steerkit.effects import Effects, load, training_vectors
+from steerkit.paths import resolve
 from steerkit.presets import Preset
 from steerkit.saes import explain
 
@@ -42,11 +45,40 @@ def adapter(spec: Preset) -> Approximator:
     return Approximator(found["W"].float(), found["b"].float())
 
 
-def effects(spec: Preset) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, " n"], Float[Tensor, "n d_sae"]]:
-    """Return the published unit vectors, their scales and their effects; the file holds scale x vector as `features`."""
+def effects(spec: Preset) -> Effects:
+    """Return the published vectors, their scales and effects; the file holds scale x vector as `features`."""
     found = _file(spec, "effects")
-    scaled = found["features"].float()
+    scaled, y = found["features"].float(), found["effects"].float()
     scales = scaled.norm(dim=1)
     if not (torch.isfinite(scales) & (scales > 0)).all():
         raise ValueError(f"{spec.effects.effects}: expected vectors with a norm above 0, got {scales.min():.3g} to {scales.max():.3g}")
-    return scaled / scales[:, None], scales, found["effects"].float()
+    return Effects(scaled / scales[:, None], scales, y[:, None], torch.zeros(y.shape[1]))
+
+
+def measured(
+    source: str, spec: Preset, W_dec: Float[Tensor, "d_sae d_model"], *, n_held: int = 100
+) -> tuple[Effects, Bool[Tensor, " n"], Effects | None, dict]:
+    """Return effects, which vectors are held out, a second measurement of those (or None), and how they were made.
+
+    source: a file that `steerkit.effects` wrote, or "hub" for the published ones, whose last `n_held` vectors are held out
+    as in the paper, and which were measured once.
+    """
+    if source == "hub":
+        found = effects(spec)
+        held = torch.arange(len(found.scales)) >= len(found.scales) - n_held
+        return found, held, None, {"preset": spec.name, "source": spec.effects.repo}
+    vectors, held = training_vectors(W_dec)
+    found, about = load(resolve(source), vectors)
+    again = resolve(source).with_suffix(".repeat1.safetensors")
+    return found, held[: len(found.scales)], load(again, vectors[held])[0] if Path(again).exists() else None, about
+
+
+def approximator(fit: str, source: str, spec: Preset, W_dec: Float[Tensor, "d_sae d_model"], *, seed: int = 0) -> Approximator:
+    """Return the effect approximator of a preset: "ridge" or "adam", fitted on `measured` effects, or "hub", as published."""
+    if fit == "hub":
+        return adapter(spec)
+    if fit not in ("ridge", "adam"):
+        raise ValueError(f"fit: expected ridge, adam or hub, got {fit!r}")
+    found, held, _, _ = measured(source, spec, W_dec)
+    x, y = found.vectors[~held], found.effects[~held]
+    return fit_ridge(x, y, seed=seed)[0] if fit == "ridge" else fit_adam(x, y, seed=seed)

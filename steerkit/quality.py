@@ -170,6 +170,11 @@ def contexts(path: str | Path, feature: int, tokenizer) -> list[tuple[str, float
     return shown
 
 
+def top_context(path: str | Path, feature: int, tokenizer) -> str:
+    """Return a feature's strongest context on one line, or nothing where a preset ships no feature cards."""
+    return contexts(path, feature, tokenizer)[0][0].replace("\n", " ") if Path(path).exists() else ""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure a preset's SAEs on a data set's text: `python -m steerkit.quality smollm2-135m --dataset PATH_OR_HUB_ID`."""
     import argparse

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from steerkit import provenance
 from steerkit.cards import VERDICTS, Card, compare, verdict
-from steerkit.figures import METHOD_COLOURS, METHOD_MARKERS, Figure, check_figure, numbers, plain, png, style
+from steerkit.figures import METHOD_COLOURS, METHOD_MARKERS, Figure, band, check_figure, finding, numbers, panels, plain, png, style
 from steerkit.paths import resolve, write_atomic
 from steerkit.stats import Interval
 
 __all__ = ["METHOD_COLOURS", "METHOD_MARKERS", "VERDICTS", "Book", "Card", "Figure", "Provenance"]
-__all__ += ["results_table", "style", "verdict"]
+__all__ += ["band", "finding", "panels", "results_table", "style", "verdict"]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from steerkit.approximator import (
     Approximator,
     agreement,
     aim,
+    budget,
     fit_adam,
     fit_ridge,
     minus_Mb,
@@ -155,3 +156,14 @@ def test_save_and_load(tmp_path, some):
     back = Approximator.load(some.save(tmp_path / "adapter.safetensors"))
     torch.testing.assert_close(back.M, some.M, rtol=1e-3, atol=1e-3)
     assert torch.equal(back.b, some.b)
+
+
+def test_a_budget_buys_more_with_more_vectors_when_noise_is_small():
+    M = normal(8, 30, seed=1)
+    x = torch.nn.functional.normalize(normal(80, 8, seed=2), dim=1)
+    parts = (x @ M)[:, None] + 0.3 * normal(80, 2, 30, seed=3)
+    x_new = torch.nn.functional.normalize(normal(20, 8, seed=4), dim=1)
+    table = budget(x, parts, x_new, x_new @ M, smallest=10)
+    assert table.vectors.tolist() == [10, 20, 40, 80] * 2 and table.rollouts.tolist() == [70, 140, 280, 560, 140, 280, 560, 1120]
+    half, whole = (table[table.prompts == p].set_index("vectors").cosine for p in (7, 14))
+    assert whole[80] > whole[10] and (whole >= half).all() and whole[80] > 0.95

@@ -1,11 +1,14 @@
 """Effects of steering vectors: calibration toys, the measuring loop against a plain one, resume and shards."""
 
 import dataclasses
+import types
 
+import pandas as pd
 import pytest
 import tiny
 import torch
 
+from steerkit import approximator as A
 from steerkit import effects as E
 from steerkit.effects import PROMPTS, PROMPTS_13, Effects, Scheme, calibrate, measure, solve_scale, text_features
 from steerkit.features import next_token_losses, residuals
@@ -206,3 +209,55 @@ def test_rollouts_are_those_of_generate():
         sampling=E.Sampling(temperature=0.0, max_new_tokens=7),
     )
     assert greedy[0].tokens == text
+
+
+def test_training_vectors_keep_the_held_out_rows_apart():
+    W = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    found, held = E.training_vectors(W, n_held=6)
+    rows = torch.nn.functional.normalize(W, dim=1)
+    assert found.shape == (80, 16) and held.sum() == 12 and held[:12].all()
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(80))
+    which = (found @ rows.T).topk(2)
+    made_of = [{which.indices[i, 0].item()} if which.values[i, 0] > 0.999 else set(which.indices[i].tolist()) for i in range(80)]
+    assert [len(m) for m in made_of] == [1, 2] * 40  # rows and sums by turns
+    assert sorted(i for m in made_of[0::2] for i in m) == list(range(40))  # every row once
+    new = {i for m in made_of[:12] for i in m}
+    assert len(new) == 6 and not new & {i for m in made_of[12:] for i in m}
+    assert torch.equal(found, E.training_vectors(W, n_held=6)[0])
+
+
+def test_the_recipe_measures_ships_and_resumes(tmp_path, monkeypatch):
+    """The command end to end on a planted model: blocks, repeats, the shipped files, and nothing measured twice."""
+    from steerkit import models, saes
+
+    spec = types.SimpleNamespace(name="tiny", primary_layer=1, outlier=1e9, sae_set=lambda: None)
+    monkeypatch.setattr(models, "preset", lambda name: spec)
+    monkeypatch.setattr(models, "load_model", lambda spec, dtype: (tiny.model("llama"), tiny.tokenizer()))
+    monkeypatch.setattr(saes, "load_sae", lambda *a, **k: tiny.planted_sae())
+    real = E.training_vectors
+    monkeypatch.setattr(E, "training_vectors", lambda W: real(W, n_held=4))
+    monkeypatch.setattr(E, "PROMPTS", ("", "ab"))
+    monkeypatch.setattr(E.Scheme.__init__, "__defaults__", (("", "ab"), 1, 8, E.SAMPLING, "ordinary", 10.0))
+    monkeypatch.setattr(E, "calibrate", lambda model, ids, v, **k: (torch.full((len(v),), 3.0), torch.zeros(len(v), dtype=torch.bool), 1.0))
+    monkeypatch.setattr(A, "budget", lambda *a, **k: pd.DataFrame({"prompts": [2]}))
+    call = [
+        "--out",
+        str(tmp_path / "parts"),
+        "--ship",
+        str(tmp_path / "e.safetensors"),
+        "--first",
+        "12",
+        "--block",
+        "8",
+        "--batch-size",
+        "4",
+    ]
+    E.main(call)
+    vs, held = real(tiny.planted_sae().W_dec, n_held=4)
+    shipped, about = E.load(tmp_path / "e.safetensors", vs)
+    again, _ = E.load(tmp_path / "e.repeat1.safetensors", vs)
+    assert len(shipped.scales) == 12 and len(again.scales) == 8 and about["preset"] == "tiny" and about["repeat"] == 0
+    assert not torch.allclose(shipped.effects[:8], again.effects)  # other random numbers
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").rglob("*.safetensors")}
+    E.main(call)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").rglob("*.safetensors")}
