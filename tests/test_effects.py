@@ -212,10 +212,10 @@ def test_rollouts_are_those_of_generate():
 
 
 def test_training_vectors_keep_the_held_out_rows_apart():
-    W = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    W = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
     found, held = E.training_vectors(W, n_held=6)
     rows = torch.nn.functional.normalize(W, dim=1)
-    assert found.shape == (80, 16) and held.sum() == 12 and held[:12].all()
+    assert found.shape == (80, 200) and held.sum() == 12 and held[:12].all()
     torch.testing.assert_close(found.norm(dim=1), torch.ones(80))
     which = (found @ rows.T).topk(2)
     made_of = [{which.indices[i, 0].item()} if which.values[i, 0] > 0.999 else set(which.indices[i].tolist()) for i in range(80)]
@@ -253,7 +253,7 @@ def test_the_recipe_measures_ships_and_resumes(tmp_path, monkeypatch):
         "4",
     ]
     E.main(call)
-    vs, held = real(tiny.planted_sae().W_dec, n_held=4)
+    vs, _ = real(tiny.planted_sae().W_dec, n_held=4)
     shipped, about = E.load(tmp_path / "e.safetensors", vs)
     again, _ = E.load(tmp_path / "e.repeat1.safetensors", vs)
     assert len(shipped.scales) == 12 and len(again.scales) == 8 and about["preset"] == "tiny" and about["repeat"] == 0
