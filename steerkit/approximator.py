@@ -224,7 +224,8 @@ def budget(
     for each, y in ((rollouts // 2, parts[:, 0]), (rollouts, parts.mean(1))):
         n = smallest
         while n <= len(x):
-            found = agreement(fit_ridge(x[:n], y[:n])[0](x_new), y_new, centre)
+            own = y[:n].mean(0)  # half of the prompts have another mean effect, which is not what is asked
+            found = agreement(fit_ridge(x[:n], y[:n])[0](x_new) - own + centre, y_new, centre)
             i = bootstrap(found["cosine"])
             rows.append([each, n, n * each, i.value, i.low, i.high, i.n])
             n *= 2

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from steerkit.features import next_token_losses, ordinary_positions, residuals, top_contexts
 from steerkit.hooks import residual_blocks
-from steerkit.paths import write_atomic
+from steerkit.paths import DATA, resolve, write_atomic
 from steerkit.stats import bootstrap
 
 
@@ -170,6 +170,24 @@ def contexts(path: str | Path, feature: int, tokenizer) -> list[tuple[str, float
     return shown
 
 
+def density(loaded, layer: int, dataset: str, *, rows: int = 500) -> Float[Tensor, " d_sae"]:
+    """Return the share of tokens on which each feature is active: from the shipped feature cards, else counted on a data set."""
+    from steerkit.shards import Recipe, token_rows
+
+    card = card_path(loaded.preset.name, layer)
+    if card.exists():
+        return load_file(card)["density"].float()
+    source = resolve(dataset) if resolve(dataset).exists() else dataset
+    texts = torch.stack([row for _, row in zip(range(rows), token_rows(str(source), loaded.tokenizer, Recipe(layers=(layer,))))])
+    found = fit(loaded.hf, loaded.tokenizer, {layer: loaded.sae(layer)}, texts, outlier=loaded.preset.outlier)
+    return found[1][layer].float().cpu()
+
+
+def card_path(preset: str, layer: int) -> Path:
+    """Return where a preset's feature cards are, if it ships any."""
+    return DATA / "saes" / preset / f"layer_{layer}" / "features.safetensors"
+
+
 def top_context(path: str | Path, feature: int, tokenizer) -> str:
     """Return a feature's strongest context on one line, or nothing where a preset ships no feature cards."""
     return contexts(path, feature, tokenizer)[0][0].replace("\n", " ") if Path(path).exists() else ""
@@ -182,7 +200,6 @@ def main(argv: list[str] | None = None) -> None:
 
     from steerkit.models import load_model, preset
     from steerkit.packed import packed_linears
-    from steerkit.paths import DATA, resolve
     from steerkit.saes import load_sae
     from steerkit.shards import Recipe, token_rows
 
