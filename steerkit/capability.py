@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from steerkit.features import next_token_losses, residuals, token_batches
+from steerkit.features import residuals, token_batches
 from steerkit.hooks import Add, check_edits
 from steerkit.packed import packed_linears
-from steerkit.partial import starting_from
+from steerkit.partial import steered_token_losses
 from steerkit.progress import bar
 from steerkit.stats import Interval, bootstrap
 
@@ -47,12 +47,8 @@ def _summed_losses(
                 raise ValueError(f"texts: expected at least two tokens each (beginning-of-text counts), got {short[0]!r}")
             ids, mask = ids.to(model.device), mask.to(model.device)
             resid = residuals(model, ids, mask, layers=[layer])[layer]
-            for part in torch.arange(len(steps)).split(max(1, batch_size // len(ids))):
-                steered = (resid + steps[part, None, None].to(resid)).flatten(0, 1)
-                many = ids.repeat(len(part), 1)
-                with starting_from(model, layer, steered):  # pads are on the right, where causal attention never looks
-                    losses = next_token_losses(model(input_ids=many, use_cache=False).logits, many)
-                losses = losses.view(len(part), len(ids), -1).masked_fill(mask[:, 1:] == 0, 0.0)
+            for part, losses in steered_token_losses(model, ids, resid, steps, layer=layer, batch_size=batch_size):
+                losses = losses.masked_fill(mask[:, 1:] == 0, 0.0)  # pads are on the right, where causal attention never looks
                 totals[np.ix_(part.numpy(), where)] = losses.cpu().double().sum(-1).numpy()
     return totals.reshape(len(vectors), len(scales), len(texts)), count
 

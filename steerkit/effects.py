@@ -20,11 +20,11 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from steerkit.decode import Sampling, decode
-from steerkit.features import next_token_losses, ordinary_positions, residuals
+from steerkit.features import ordinary_positions, residuals
 from steerkit.generate import prompt_ids
 from steerkit.hooks import Add
 from steerkit.packed import packed_linears
-from steerkit.partial import starting_from
+from steerkit.partial import steered_token_losses
 from steerkit.paths import write_atomic
 from steerkit.progress import bar
 
@@ -151,15 +151,8 @@ def steered_losses(
     batch_size: int = 64,
 ) -> Float[Tensor, " n"]:
     """Return the mean next-token loss on `ids`, nats, for each vector with its scale; resid is the stream after `layer`."""
-    out, rows = [], len(ids)
-    for part in torch.arange(len(vectors)).split(max(1, batch_size // rows)):
-        step = (vectors[part] * scales[part, None]).to(resid)
-        steered = (resid[None] + step[:, None, None]).flatten(0, 1)
-        many = ids.repeat(len(part), 1)
-        with starting_from(model, layer, steered):
-            losses = next_token_losses(model(input_ids=many, use_cache=False).logits, many)
-        out.append(losses.view(len(part), -1).mean(1).cpu())
-    return torch.cat(out)
+    found = steered_token_losses(model, ids, resid, vectors * scales[:, None], layer=layer, batch_size=batch_size)
+    return torch.cat([losses.flatten(1).mean(1).cpu() for _, losses in found])
 
 
 def _activations(model, sae, ids, layer: int, special, scheme: Scheme) -> tuple[Float[Tensor, "rows d_sae"], Float[Tensor, "rows 1"]]:
@@ -215,6 +208,19 @@ def text_features(
     return (total / count.clamp_min(1)).cpu()
 
 
+def unsteered(
+    model: nn.Module, tokenizer, sae, *, layer: int, scheme: Scheme, batch_size: int = 128, out: str | Path | None = None
+) -> Float[Tensor, " d_sae"]:
+    """Return mean activations over unsteered text, the baseline of every effect; kept in the folder `out`, where given."""
+    store = _Parts(out, _key(model, sae, torch.zeros(1), torch.zeros(1), layer, scheme))
+    if store.get(0) is None:
+        means = text_features(model, tokenizer, sae, None, None, layer=layer, scheme=scheme, batch_size=batch_size)
+        if out is None:
+            return means[0].mean(0)
+        store.put(0, means)
+    return store.get(0)[0].mean(0)  # as later calls read it
+
+
 def measure(
     model: nn.Module,
     tokenizer,
@@ -245,7 +251,7 @@ def measure(
     vectors = nn.functional.normalize(vectors.float(), dim=-1)
     if baseline is None:
         calm = replace(scheme, samples=baseline_samples)
-        baseline = text_features(model, tokenizer, sae, None, None, layer=layer, scheme=calm, batch_size=batch_size)[0].mean(0)
+        baseline = unsteered(model, tokenizer, sae, layer=layer, scheme=calm, batch_size=batch_size)
     size = max(1, batch_size // scheme.samples)
     parts = list(range(0, len(vectors), size))[shard::n_shards]
     store = _Parts(out, _key(model, sae, vectors, scales, layer, scheme))
@@ -377,7 +383,8 @@ def main(argv: list[str] | None = None) -> None:
     folder, scheme = Path(args.out), Scheme(outlier=spec.outlier)
     blocks = range(0, len(vectors), args.block)
     jobs = [(start, repeat) for start in blocks for repeat in range(args.repeats if start < held.sum() else 1)]
-    base = _baseline(folder, model, tokenizer, sae, layer, scheme, args.batch_size)
+    calm = {"scheme": replace(scheme, samples=64), "batch_size": args.batch_size, "out": folder / "baseline"}
+    base = unsteered(model, tokenizer, sae, layer=layer, **calm)
     found: dict[int, list[Effects]] = {}
     for start, repeat in jobs[args.shard :: args.n_shards]:
         block = vectors[start : start + args.block]
@@ -407,16 +414,6 @@ def _ship(path: Path, found: dict[int, Effects], held: Bool[Tensor, " n"], about
     target = torch.stack([e.effects[held[: len(e.scales)]] for e in found.values()]).mean(0)
     table = budget(first.vectors[~held], first.parts[~held], first.vectors[held], target, rollouts=about["prompts"] * about["samples"])
     write_atomic(path.parent / "budget.csv", table.to_csv(index=False, float_format="%.4f"))
-
-
-def _baseline(folder: Path, model, tokenizer, sae, layer: int, scheme: Scheme, batch_size: int) -> Float[Tensor, " d_sae"]:
-    store = _Parts(folder / "baseline", _key(model, sae, torch.zeros(1), torch.zeros(1), layer, scheme))
-    if (means := store.get(0)) is None:
-        calm = replace(scheme, samples=64)
-        means = text_features(model, tokenizer, sae, None, None, layer=layer, scheme=calm, batch_size=batch_size)
-        store.put(0, means)
-        means = store.get(0)  # as later calls read it
-    return means[0].mean(0)
 
 
 def _scales(path: Path, model, ids, vectors, layer: int, args) -> Float[Tensor, " n"]:

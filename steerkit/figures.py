@@ -65,7 +65,9 @@ def panels(names: Sequence[str], *, xlabel: str, ylabel: str, columns: int = 3, 
     import matplotlib.pyplot as plt
 
     rows, columns = -(-len(names) // columns), min(columns, len(names))
-    fig, axes = plt.subplots(rows, columns, figsize=(max(3.0 * columns, 6.0), max(height * rows, 3.2)), sharex=True, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(max(3.0 * columns, 6.0), max(height * rows, 3.2)), sharex=True, sharey=True, squeeze=False
+    )
     for i, ax in enumerate(axes.flat):
         if i >= len(names):
             ax.set_axis_off()

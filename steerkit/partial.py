@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from steerkit.features import next_token_losses
 from steerkit.hooks import residual_blocks
 
 
@@ -36,3 +38,25 @@ def starting_from(model: nn.Module, layer: int, resid: Float[Tensor, "batch pos 
             stack.callback(block.__dict__.pop, "forward")
             block.forward = give if block is blocks[layer] else rest
         yield
+
+
+@torch.inference_mode()
+def steered_token_losses(
+    model: nn.Module,
+    ids: Int[Tensor, "rows pos"],
+    resid: Float[Tensor, "rows pos d_model"],
+    steps: Float[Tensor, "n d_model"],
+    *,
+    layer: int,
+    batch_size: int,
+) -> Iterator[tuple[Int[Tensor, " some"], Float[Tensor, "some rows next"]]]:
+    """Yield (which steps, their next-token losses in nats) on all rows, each step added at every position after `layer`.
+
+    resid: the stream after `layer`, computed once for all steps. batch_size: rows x steps that run together.
+    """
+    for part in torch.arange(len(steps)).split(max(1, batch_size // len(ids))):
+        steered = (resid + steps[part, None, None].to(resid)).flatten(0, 1)
+        many = ids.repeat(len(part), 1)
+        with starting_from(model, layer, steered):
+            losses = next_token_losses(model(input_ids=many, use_cache=False).logits, many)
+        yield part, losses.view(len(part), len(ids), -1)
