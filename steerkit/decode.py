@@ -1,6 +1,7 @@
 """One batch through the steered decode: what rows share is computed once, noise is keyed, finished rows are dropped."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,14 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from steerkit.hooks import Edit, Steering, attached
+from steerkit.hooks import Edit, Steering, attached, residual_blocks
 from steerkit.packed import packed_linears
 from steerkit.receipt import Tally
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a next token is drawn; temperature 0 is greedy, top_k 0 and top_p 1 are off."""
+    """How a next token is drawn; temperature 0 is greedy, top_k 0 and top_p 1 are off. keep_stop: a stop token is part of the text."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -23,6 +24,7 @@ class Sampling:
     max_new_tokens: int = 32
     stop: tuple[int, ...] = ()
     seed: int = 0
+    keep_stop: bool = False
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
@@ -34,11 +36,23 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """New tokens of a row (a stop token ends it and is left out), positions changed, mean |delta| / |resid|."""
+    """New tokens of a row (a stop token ends it and is left out, unless kept), positions changed, mean |delta| / |resid|."""
 
     tokens: list[int]
     changed: int
     ratio: float
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is shown the residual stream of the last position after some blocks, at every step of a decode.
+
+    `each(step, rows, stopped, resid)`: the rows still open (numbers within the batch), whether the token just drawn ends
+    each of them, and {layer: [rows, d_model]}, steered where steering is on. Step 0 is the last prompt token's position.
+    """
+
+    layers: tuple[int, ...]
+    each: Callable[[int, Tensor, Tensor, dict[int, Tensor]], None]
 
 
 def uniforms(seed: int, rows: Sequence[int], steps: int) -> Float[np.ndarray, "rows steps"]:
@@ -107,13 +121,14 @@ def decode(
     window: str = "all",
     skip_first: bool = False,
     pad: int = 0,
+    watch: Watch | None = None,
 ) -> list[Completion]:
     """Complete a batch of token lists; entry r of every edit steers row r.
 
     Rows with equal `arm` have the same prompt and the same edits: as long as their tokens agree, one state of the model
     serves them all, and it branches where they part. Rows with equal `shared` have the same edits on the prompt but for
     its last token, which goes through the model once for them.
-    rows: numbers that key each row's noise.
+    rows: numbers that key each row's noise. watch: is shown the residual stream, step by step.
     """
     from transformers import DynamicCache
 
@@ -136,8 +151,29 @@ def decode(
             if not torch.equal(spread, torch.arange(len(unique), device=device)):
                 cache.batch_select_indices(spread)
         steering = Steering([edit.rows(first) for edit in edits], prompt_length=lengths[first], receipt=tally, **settings)
-        with attached(model, steering):
-            return _decode_steps(model, ids[first, -1:], mask[first], cache, steering, tally, noise, sampling, state)
+        with attached(model, steering), _watching(model, watch) as show:
+            return _decode_steps(model, ids[first, -1:], mask[first], cache, steering, tally, noise, sampling, state, show)
+
+
+@contextmanager
+def _watching(model: nn.Module, watch: Watch | None) -> Iterator[Callable]:
+    """Keep what the watched blocks put out, and yield the function that shows it: show(step, rows, stopped, state)."""
+    seen: dict[int, Tensor] = {}
+
+    def keep(layer: int):
+        def hook(_module, _args, output):
+            seen[layer] = (output[0] if isinstance(output, tuple) else output)[:, -1]
+
+        return hook
+
+    def show(step: int, rows: Tensor, stopped: Tensor, state: Tensor) -> None:
+        if watch is not None:
+            watch.each(step, rows, stopped, {layer: resid[state] for layer, resid in seen.items()})
+
+    with ExitStack() as stack:
+        for layer in watch.layers if watch else ():
+            stack.callback(residual_blocks(model)[layer].register_forward_hook(keep(layer)).remove)
+        yield show
 
 
 def _groups(keys: Sequence[Hashable], device) -> tuple[Int[Tensor, " groups"], Int[Tensor, " rows"]]:
@@ -147,7 +183,7 @@ def _groups(keys: Sequence[Hashable], device) -> tuple[Int[Tensor, " groups"], I
     return torch.tensor([group.index(g) for g in range(len(number))], device=device), torch.tensor(group, device=device)
 
 
-def _decode_steps(model, token, mask, cache, steering: Steering, tally: Tally, noise, sampling: Sampling, state) -> list[Completion]:
+def _decode_steps(model, token, mask, cache, steering: Steering, tally: Tally, noise, sampling: Sampling, state, show) -> list[Completion]:
     """Feed the last prompt token, then one new token a step. Row r reads state `state[r]`; rows that stopped leave."""
     stop = torch.tensor(sampling.stop, device=token.device, dtype=torch.long)
     tokens: list[list[int]] = [[] for _ in state]
@@ -157,9 +193,10 @@ def _decode_steps(model, token, mask, cache, steering: Steering, tally: Tally, n
         logits = _forward(model, token, mask, cache, logits_to_keep=1).logits[:, -1]
         new = draw(logits, noise[alive, step], sampling, state)
         stopped = torch.isin(new, stop)
+        show(step, alive, stopped, state)
         last = step == sampling.max_new_tokens - 1
         for row, t, end, i in zip(alive.tolist(), new.tolist(), stopped.tolist(), state.tolist()):
-            tokens[row] += [] if end else [t]
+            tokens[row] += [] if end and not sampling.keep_stop else [t]
             if end or last:
                 n = int(tally.count[i])
                 found[row] = Completion(tokens[row], n, float(tally.total[i]) / max(n, 1))

@@ -7,14 +7,12 @@ Many vectors are measured in one batch; finished parts stay on disk, and shards 
 import hashlib
 import json
 import lzma
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -24,7 +22,6 @@ from steerkit.features import ordinary_positions, residuals
 from steerkit.generate import prompt_ids
 from steerkit.hooks import Add
 from steerkit.packed import packed_linears
-from steerkit.partial import steered_token_losses
 from steerkit.paths import write_atomic
 from steerkit.progress import bar
 
@@ -74,85 +71,6 @@ class Effects:
     def effects(self) -> Float[Tensor, "n d_sae"]:
         """The effect, mean over parts."""
         return self.parts.mean(1)
-
-
-def calibration_rows(tokenizer, text: str, *, rows: int, length: int = 32) -> Int[Tensor, "rows length"]:
-    """Return rows of `length` tokens cut from a text at even distances, each with the beginning-of-text token in front."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    n = len(ids) // (length - 1)
-    if n < rows:
-        raise ValueError(f"text: expected at least {rows} rows of {length - 1} tokens, got {n}: give a longer text or fewer rows")
-    cut = ids[: n * (length - 1)].view(n, -1)[torch.arange(rows) * n // rows]
-    return torch.cat([torch.full((rows, 1), tokenizer.bos_token_id), cut], 1)
-
-
-def solve_scale(scales: Sequence[float], losses: Sequence[float], target: float) -> float:
-    """Return where the straight line through the last two points reaches the target, as released.
-
-    Past the last point this extrapolates; a flat line gives infinity.
-
-    >>> solve_scale([0, 20, 40], [3.5, 3.58, 3.66], 4.0)
-    125.0
-    """
-    (x0, y0), (x1, y1) = zip(scales[-2:], losses[-2:])
-    return x0 + (target - y0) * (x1 - x0) / (y1 - y0) if y1 != y0 else float("inf")
-
-
-@torch.inference_mode()
-def calibrate(
-    model: nn.Module,
-    ids: Int[Tensor, "rows pos"],
-    vectors: Float[Tensor, "n d_model"],
-    *,
-    layer: int,
-    target: float | None = None,
-    rise: float | None = None,
-    grid: Sequence[float] = tuple(range(0, 201, 20)),
-    batch_size: int = 64,
-) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"], float]:
-    """Return each vector's scale, whether it is an extrapolation, and the unsteered loss (SAE-TS section 4.2).
-
-    The scale is where the mean next-token loss on `ids` reaches `target` nats (the released code: 4.0 for Gemma-2-2B), or
-    the unsteered loss plus `rise` (the paper: 0.5): up the grid to the first loss above, then the line through the last two
-    points. All vectors climb together, and only the blocks above `layer` run. A vector that never gets there is
-    extrapolated from the last two points, as released, and marked.
-
-    Raises ValueError unless exactly one of target and rise is given, and where the unsteered loss is above the target.
-    """
-    if (target is None) == (rise is None):
-        raise ValueError(f"expected either target (absolute loss, nats) or rise (above the unsteered loss), got {target} and {rise}")
-    with packed_linears(model):
-        resid = residuals(model, ids, layers=[layer])[layer]
-        base = steered_losses(model, ids, resid, vectors[:1], torch.zeros(1), layer, batch_size)[0].item()
-        goal = base + rise if target is None else target
-        if base >= goal:
-            raise ValueError(f"target: expected more than the unsteered loss {base:.3f} nats, got {goal:.3f}: raise it or use `rise`")
-        scales, found = torch.full((len(vectors),), float("nan")), torch.zeros(len(vectors), dtype=torch.bool)
-        before, active = torch.full((len(vectors),), base), torch.arange(len(vectors))
-        for low, high in pairwise(grid):
-            now = steered_losses(model, ids, resid, vectors[active], torch.full((len(active),), float(high)), layer, batch_size)
-            for i, loss in zip(active.tolist(), now.tolist()):
-                scales[i], found[i] = solve_scale([low, high], [before[i].item(), loss], goal), loss > goal
-            before[active] = now
-            active = active[now <= goal]
-            if not len(active):
-                break
-    return scales, ~found, base
-
-
-@torch.inference_mode()
-def steered_losses(
-    model: nn.Module,
-    ids: Int[Tensor, "rows pos"],
-    resid: Float[Tensor, "rows pos d_model"],
-    vectors: Float[Tensor, "n d_model"],
-    scales: Float[Tensor, " n"],
-    layer: int,
-    batch_size: int = 64,
-) -> Float[Tensor, " n"]:
-    """Return the mean next-token loss on `ids`, nats, for each vector with its scale; resid is the stream after `layer`."""
-    found = steered_token_losses(model, ids, resid, vectors * scales[:, None], layer=layer, batch_size=batch_size)
-    return torch.cat([losses.flatten(1).mean(1).cpu() for _, losses in found])
 
 
 def _activations(model, sae, ids, layer: int, special, scheme: Scheme) -> tuple[Float[Tensor, "rows d_sae"], Float[Tensor, "rows 1"]]:
@@ -328,104 +246,3 @@ def load(path: str | Path, vectors: Float[Tensor, "m d_model"]) -> tuple[Effects
     means = torch.from_numpy(values.astype(np.float32) / 255).square() * top[:, None]
     unit = nn.functional.normalize(vectors[: len(scales)].float(), dim=-1)
     return Effects(unit, scales, (means - baseline)[:, None], baseline), about
-
-
-def training_vectors(W_dec: Float[Tensor, "d_sae d_model"], *, n_held: int = 256, seed: int = 0) -> tuple[Tensor, Bool[Tensor, " n"]]:
-    """Return unit vectors to measure, [2 d_sae, d_model], and which of them are held out, never to be fitted on.
-
-    Every decoder row once, and as many sums of two rows: steering directions that are not themselves rows. First come the
-    held-out ones, n_held rows and n_held sums of such rows; then rows and sums by turns, none of which holds a held-out row.
-    """
-    rows = nn.functional.normalize(W_dec.detach().float(), dim=1)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(rows), generator=generator)
-    out = []
-    for part in (order[:n_held], order[n_held:]):
-        partner = part.roll(1)[torch.randperm(len(part), generator=generator)]
-        partner = torch.where(partner == part, part.roll(1), partner)
-        sums = nn.functional.normalize(rows[part] + rows[partner], dim=1)
-        out.append(torch.stack([rows[part], sums], 1).flatten(0, 1))
-    held = torch.zeros(2 * len(rows), dtype=torch.bool)
-    held[: 2 * n_held] = True
-    return torch.cat(out), held
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Measure the effects of a preset's training vectors in blocks that resume and can be shared out: `python -m steerkit.effects`."""
-    import argparse
-
-    from steerkit.models import load_model, preset
-    from steerkit.paths import resolve
-    from steerkit.saes import load_sae
-
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--preset", default="smollm2-135m")
-    parser.add_argument("--layer", type=int, help="default: the preset's primary layer")
-    parser.add_argument("--out", required=True, help="folder of the finished parts")
-    parser.add_argument("--text", default="data/check_texts.txt", help="calibration text, plain")
-    parser.add_argument("--text-rows", type=int, default=4, help="rows of 32 tokens to calibrate on")
-    parser.add_argument("--rise", type=float, default=0.5, help="calibrate to the unsteered loss plus this many nats")
-    parser.add_argument("--dtype", default="bfloat16", help="of the model; the SAE runs in float32")
-    parser.add_argument("--block", type=int, default=512, help="vectors calibrated and measured together")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=2, help="independent measurements of the held-out vectors")
-    parser.add_argument("--first", type=int, help="measure this many vectors only, the held-out ones first")
-    parser.add_argument("--shard", type=int, default=0)
-    parser.add_argument("--n-shards", type=int, default=1)
-    parser.add_argument("--ship", help="once all blocks are there, write them to this file")
-    args = parser.parse_args(argv)
-    spec = preset(args.preset)
-    layer = spec.primary_layer if args.layer is None else args.layer
-    model, tokenizer = load_model(spec, dtype=args.dtype)
-    sae = load_sae(spec, spec.sae_set(), layer, hf=model)
-    vectors, held = (t[: args.first] for t in training_vectors(sae.W_dec))
-    ids = calibration_rows(tokenizer, resolve(args.text).read_text(encoding="utf-8"), rows=args.text_rows)
-    folder, scheme = Path(args.out), Scheme(outlier=spec.outlier)
-    blocks = range(0, len(vectors), args.block)
-    jobs = [(start, repeat) for start in blocks for repeat in range(args.repeats if start < held.sum() else 1)]
-    calm = {"scheme": replace(scheme, samples=64), "batch_size": args.batch_size, "out": folder / "baseline"}
-    base = unsteered(model, tokenizer, sae, layer=layer, **calm)
-    found: dict[int, list[Effects]] = {}
-    for start, repeat in jobs[args.shard :: args.n_shards]:
-        block = vectors[start : start + args.block]
-        scales = _scales(folder / f"scales-{start:06d}.safetensors", model, ids, block, layer, args)
-        noise = replace(scheme, sampling=replace(scheme.sampling, seed=1000 * repeat + start))
-        settings = {"layer": layer, "baseline": base, "scheme": noise, "batch_size": args.batch_size}
-        measured = measure(model, tokenizer, sae, block, scales, out=folder / f"block-{start:06d}-{repeat}", **settings)
-        found.setdefault(repeat, []).append(measured)
-    if args.ship and args.n_shards == 1:
-        about = {"preset": spec.name, "layer": layer, "vectors": "training_vectors", "rise": args.rise, "text": args.text}
-        about |= {"text_rows": args.text_rows, "dtype": args.dtype, "prompts": len(scheme.prompts), "samples": scheme.samples}
-        _ship(resolve(args.ship), {repeat: _join(blocks, base) for repeat, blocks in found.items()}, held, about)
-
-
-def _join(blocks: list[Effects], baseline: Tensor) -> Effects:
-    return Effects(*(torch.cat([getattr(e, name) for e in blocks]) for name in ("vectors", "scales", "parts")), baseline)
-
-
-def _ship(path: Path, found: dict[int, Effects], held: Bool[Tensor, " n"], about: dict) -> None:
-    """Write the effects, each repeat beside them, and what a budget of rollouts buys."""
-    from steerkit.approximator import budget
-
-    for repeat, effects in found.items():
-        save(effects, path if not repeat else path.with_suffix(f".repeat{repeat}.safetensors"), about | {"repeat": repeat})
-    first = found[0]
-    held = held[: len(first.scales)]
-    target = torch.stack([e.effects[held[: len(e.scales)]] for e in found.values()]).mean(0)
-    table = budget(first.vectors[~held], first.parts[~held], first.vectors[held], target, rollouts=about["prompts"] * about["samples"])
-    write_atomic(path.parent / "budget.csv", table.to_csv(index=False, float_format="%.4f"))
-
-
-def _scales(path: Path, model, ids, vectors, layer: int, args) -> Float[Tensor, " n"]:
-    """Return calibrated scales, extrapolated ones cut at twice the grid's end; kept in a file."""
-    if not path.exists():
-        grid = tuple(range(0, 201, 40))
-        scales, beyond, _ = calibrate(model, ids, vectors, layer=layer, rise=args.rise, grid=grid, batch_size=args.batch_size)
-        scales = torch.where(scales > 0, scales, float("inf")).clamp(1.0, 2.0 * grid[-1])
-        write_atomic(path, to_bytes({"scales": scales, "beyond": beyond}))
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("scales")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,6 @@
 The peak over scales is picked on one half of the samples and scored on the other; also the papers' way, on the same ones.
 """
 
-import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +11,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from steerkit.generate import BASELINE, generate, grid
+from steerkit.generate import BASELINE, Journal, generate, grid
 from steerkit.judges.coherence import coherence_judge
 from steerkit.judges.concept import concept_judge
-from steerkit.paths import write_atomic
+from steerkit.paths import write_table
+from steerkit.progress import bar
 from steerkit.stats import Interval, clean
 from steerkit.vectors import SteeringVector
 
@@ -49,7 +49,7 @@ def sweep(
 
     by_topic: the vectors of each topic, named by method. shared: vectors that aim at no topic (random, -Mb); their texts
     and the unsteered ones are judged for every topic, and the unsteered ones stand for scale 0 of every method. Each
-    distinct text is judged once. With `out` (a .jsonl file) the texts resume after an interruption.
+    distinct text is judged once. With `out` (a .jsonl file, "{key}" in its name) texts and scores resume after an interruption.
     """
     scales = [s for s in protocol.scales if s]
     named = [(f"{topic}/{v.name}", v) for topic, vectors in by_topic.items() for v in vectors]
@@ -59,8 +59,7 @@ def sweep(
     settings |= {"seed": protocol.seed, "stop": [loaded.tokenizer.eos_token_id], "batch_size": batch_size}
     texts = generate(loaded.hf, loaded.tokenizer, list(protocol.prompts), arms, out=out, progress=progress, **settings)
     distinct = texts[["prompt", "text"]].drop_duplicates()
-    scored = coherence_judge(loaded.hf, loaded.tokenizer)(distinct.text.tolist(), distinct.prompt.tolist())
-    texts = texts.merge(distinct.assign(coherence=scored), on=["prompt", "text"])
+    texts = texts.merge(distinct.assign(coherence=_coherence(loaded, distinct, out, progress)), on=["prompt", "text"])
     rows = []
     for topic in by_topic:
         mine = texts[texts.arm.str.startswith((f"{topic}/", "/")) | (texts.arm == BASELINE.name)]
@@ -69,6 +68,18 @@ def sweep(
         rows.append(mine.assign(topic=topic, method=mine.arm.str.split("/").str[-1], behaviour=mine.text.map(behaviour)))
     columns = ["topic", "method", "scale", "prompt", "sample", "text", "behaviour", "coherence"]
     return pd.concat(rows)[columns].sort_values(columns[:5], ignore_index=True)
+
+
+def _coherence(loaded, distinct: pd.DataFrame, out: str | Path | None, progress: bool, *, part: int = 1024) -> list[float]:
+    """Return the coherence of each (prompt, text), part by part; with `out` finished parts are kept beside the texts."""
+    judge, key = coherence_judge(loaded.hf, loaded.tokenizer), str(pd.util.hash_pandas_object(distinct, index=False).sum())
+    journal = Journal(str(out).replace("{key}", f"judged-{key}") if out and "{key}" in str(out) else None, key)
+    parts = [range(at, min(at + part, len(distinct))) for at in range(0, len(distinct), part)]
+    for rows in bar([rows for rows in parts if not journal.has(rows)], "judge", "part", show=progress):
+        some = distinct.iloc[list(rows)]
+        scores = judge(some.text.tolist(), some.prompt.tolist())
+        journal.write([{"row": r, "coherence": float(score)} for r, score in zip(rows, scores)])
+    return [journal.rows[r]["coherence"] for r in range(len(distinct))]
 
 
 def product(both: Float[np.ndarray, "n 2"], *, n_boot: int = 1000, seed: int = 0) -> dict[str, Interval]:
@@ -143,8 +154,7 @@ def compare(judged: pd.DataFrame, a: str, b: str, *, n_boot: int = 1000, seed: i
 def save_scores(judged: pd.DataFrame, path: str | Path) -> Path:
     """Write the scores, not the texts, as gzipped csv with three decimals: small enough to ship."""
     columns = ["topic", "prompt", "method", "scale", "sample", "behaviour", "coherence"]
-    text = judged[columns].sort_values(columns[:5]).to_csv(index=False, float_format="%.3f")
-    return write_atomic(path, gzip.compress(text.encode(), 9, mtime=0))
+    return write_table(path, judged[columns].sort_values(columns[:5]), digits="%.3f")
 
 
 def load_scores(path: str | Path) -> pd.DataFrame:

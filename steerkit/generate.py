@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,6 +73,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     stop: Sequence[int] = (),
+    keep_stop: bool = False,
     window: str = "all",
     skip_first: bool = False,
     seed: int = 0,
@@ -84,16 +85,17 @@ def generate(
     """Complete every prompt under every arm, `samples` times, and return one row a completion.
 
     Columns: row, prompt (text), arm, scale, sample, text, tokens, changed (positions steered), ratio (mean |delta| / |resid|).
-    temperature 0 is greedy; top_k 0 and top_p 1 are off. The noise of a row is keyed by (seed, row, step), so its text
-    does not depend on batch size or order. A batch that does not fit in memory is halved. With `out` (a .jsonl file)
-    finished batches are on disk, and the same call after an interruption carries on with the next one. "{key}" in the
-    name becomes a hash of what determines the texts, so that another call gets another file.
+    temperature 0 is greedy; top_k 0 and top_p 1 are off. A token in `stop` ends a text, and belongs to it with keep_stop.
+    The noise of a row is keyed by (seed, row, step), so its text does not depend on batch size or order. A batch that does
+    not fit in memory is halved. With `out` (a .jsonl file) finished batches are on disk, and the same call after an
+    interruption carries on with the next one. "{key}" in the name becomes a hash of what determines the texts, so that
+    another call gets another file.
 
     Raises ValueError for settings out of range, edits that do not fit the model, or an `out` that holds another run.
 
     >>> generate(model, tokenizer, ["I think"], grid([vector], [0, 40, 80]), samples=4, out="runs/texts.jsonl")  # doctest: +SKIP
     """
-    sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(stop), seed)
+    sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(stop), seed, keep_stop)
     if samples < 1 or batch_size < 1 or not prompts or not arms:
         raise ValueError(
             f"expected at least one prompt, arm, sample and batch row, got {len(prompts)}, {len(arms)}, {samples}, {batch_size}"
@@ -191,7 +193,7 @@ class Journal:
             if not good:
                 file.write(json.dumps({"key": key}).encode() + b"\n")
 
-    def has(self, batch: list[int]) -> bool:
+    def has(self, batch: Iterable[int]) -> bool:
         """Tell whether all rows of a batch are done."""
         return all(r in self.rows for r in batch)
 

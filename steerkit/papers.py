@@ -26,7 +26,7 @@ def _pick(known: dict[str, Any], name: str) -> Any:
 
 
 def table(paper: str, name: str) -> pd.DataFrame:
-    """Return a table of "sae_ts" or "fgaa", one row per key, with its source, note and average in `attrs`; ValueError if unknown.
+    """Return a table of a paper's YAML file, one row per key, with its source, note and average in `attrs`; ValueError if unknown.
 
     >>> table("fgaa", "table_1").columns.tolist()
     ['model', 'topic', 'method', 'bcs']

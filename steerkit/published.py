@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerkit.approximator import Approximator, fit_adam, fit_ridge
-from steerkit.effects import Effects, load, training_vectors
+from steerkit.effects import Effects, load
+from steerkit.measure_effects import training_vectors
 from steerkit.paths import resolve
 from steerkit.presets import Preset
 from steerkit.saes import explain
@@ -19,7 +20,7 @@ def _file(spec: Preset, which: str) -> dict[str, Tensor]:
     from huggingface_hub import hf_hub_download
 
     if spec.effects is None:
-        raise ValueError(f"{spec.name}: expected a preset with published effects, got none; measure your own with steerkit.effects")
+        raise ValueError(f"{spec.name}: expected a preset with published effects, got none; measure your own with steerkit.measure_effects")
     name = getattr(spec.effects, which)
     try:
         path = hf_hub_download(spec.effects.repo, name, repo_type="dataset")
@@ -60,7 +61,7 @@ def measured(
 ) -> tuple[Effects, Bool[Tensor, " n"], Effects | None, dict]:
     """Return effects, which vectors are held out, a second measurement of those (or None), and how they were made.
 
-    source: a file that `steerkit.effects` wrote, or "hub" for the published ones, whose last `n_held` vectors are held out
+    source: a file that `steerkit.measure_effects` wrote, or "hub" for the published ones, whose last `n_held` vectors are held out
     as in the paper, and which were measured once.
     """
     if source == "hub":
@@ -73,12 +74,11 @@ def measured(
     return found, held[: len(found.scales)], load(again, vectors[held])[0] if Path(again).exists() else None, about
 
 
-def approximator(fit: str, source: str, spec: Preset, W_dec: Float[Tensor, "d_sae d_model"], *, seed: int = 0) -> Approximator:
-    """Return the effect approximator of a preset: "ridge" or "adam", fitted on `measured` effects, or "hub", as published."""
+def approximator(fit: str, spec: Preset, found: Effects, held: Bool[Tensor, " n"], *, seed: int = 0) -> Approximator:
+    """Return the effect approximator of a preset: "ridge" or "adam", fitted on effects not held out, or "hub", as published."""
     if fit == "hub":
         return adapter(spec)
     if fit not in ("ridge", "adam"):
         raise ValueError(f"fit: expected ridge, adam or hub, got {fit!r}")
-    found, held, _, _ = measured(source, spec, W_dec)
     x, y = found.vectors[~held], found.effects[~held]
     return fit_ridge(x, y, seed=seed)[0] if fit == "ridge" else fit_adam(x, y, seed=seed)

@@ -170,6 +170,12 @@ def contexts(path: str | Path, feature: int, tokenizer) -> list[tuple[str, float
     return shown
 
 
+def peak_tokens(path: str | Path) -> Int[Tensor, "d_sae k"]:
+    """Return the peak token of each of a feature's top contexts, -1 where there is none."""
+    ids = load_file(path)["contexts"].to(torch.int64)[:, :, -3]  # two tokens follow the peak
+    return torch.where(ids == 65535, -1, ids)
+
+
 def density(loaded, layer: int, dataset: str, *, rows: int = 500) -> Float[Tensor, " d_sae"]:
     """Return the share of tokens on which each feature is active: from the shipped feature cards, else counted on a data set."""
     from steerkit.shards import Recipe, token_rows

@@ -8,9 +8,10 @@ import pytest
 import tiny
 import torch
 
-from steerkit import approximator as A
 from steerkit import effects as E
-from steerkit.effects import PROMPTS, PROMPTS_13, Effects, Scheme, calibrate, measure, solve_scale, text_features
+from steerkit import measure_effects as M
+from steerkit.calibration import calibrate, solve_scale
+from steerkit.effects import PROMPTS, PROMPTS_13, Effects, Scheme, measure, text_features
 from steerkit.features import next_token_losses, residuals
 from steerkit.generate import Arm, generate
 from steerkit.hooks import Add, steering
@@ -213,7 +214,7 @@ def test_rollouts_are_those_of_generate():
 
 def test_training_vectors_keep_the_held_out_rows_apart():
     W = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
-    found, held = E.training_vectors(W, n_held=6)
+    found, held = M.training_vectors(W, n_held=6)
     rows = torch.nn.functional.normalize(W, dim=1)
     assert found.shape == (80, 200) and held.sum() == 12 and held[:12].all()
     torch.testing.assert_close(found.norm(dim=1), torch.ones(80))
@@ -223,23 +224,21 @@ def test_training_vectors_keep_the_held_out_rows_apart():
     assert sorted(i for m in made_of[0::2] for i in m) == list(range(40))  # every row once
     new = {i for m in made_of[:12] for i in m}
     assert len(new) == 6 and not new & {i for m in made_of[12:] for i in m}
-    assert torch.equal(found, E.training_vectors(W, n_held=6)[0])
+    assert torch.equal(found, M.training_vectors(W, n_held=6)[0])
 
 
 def test_the_recipe_measures_ships_and_resumes(tmp_path, monkeypatch):
     """The command end to end on a planted model: blocks, repeats, the shipped files, and nothing measured twice."""
-    from steerkit import models, saes
-
     spec = types.SimpleNamespace(name="tiny", primary_layer=1, outlier=1e9, sae_set=lambda: None)
-    monkeypatch.setattr(models, "preset", lambda name: spec)
-    monkeypatch.setattr(models, "load_model", lambda spec, dtype: (tiny.model("llama"), tiny.tokenizer()))
-    monkeypatch.setattr(saes, "load_sae", lambda *a, **k: tiny.planted_sae())
-    real = E.training_vectors
-    monkeypatch.setattr(E, "training_vectors", lambda W: real(W, n_held=4))
+    monkeypatch.setattr(M, "preset", lambda name: spec)
+    monkeypatch.setattr(M, "load_model", lambda spec, dtype: (tiny.model("llama"), tiny.tokenizer()))
+    monkeypatch.setattr(M, "load_sae", lambda *a, **k: tiny.planted_sae())
+    real = M.training_vectors
+    monkeypatch.setattr(M, "training_vectors", lambda W: real(W, n_held=4))
     monkeypatch.setattr(E, "PROMPTS", ("", "ab"))
     monkeypatch.setattr(E.Scheme.__init__, "__defaults__", (("", "ab"), 1, 8, E.SAMPLING, "ordinary", 10.0))
-    monkeypatch.setattr(E, "calibrate", lambda model, ids, v, **k: (torch.full((len(v),), 3.0), torch.zeros(len(v), dtype=torch.bool), 1.0))
-    monkeypatch.setattr(A, "budget", lambda *a, **k: pd.DataFrame({"prompts": [2]}))
+    monkeypatch.setattr(M, "calibrate", lambda model, ids, v, **k: (torch.full((len(v),), 3.0), torch.zeros(len(v), dtype=torch.bool), 1.0))
+    monkeypatch.setattr(M, "budget", lambda *a, **k: pd.DataFrame({"prompts": [2]}))
     call = [
         "--out",
         str(tmp_path / "parts"),
@@ -252,12 +251,12 @@ def test_the_recipe_measures_ships_and_resumes(tmp_path, monkeypatch):
         "--batch-size",
         "4",
     ]
-    E.main(call)
+    M.main(call)
     vs, _ = real(tiny.planted_sae().W_dec, n_held=4)
     shipped, about = E.load(tmp_path / "e.safetensors", vs)
     again, _ = E.load(tmp_path / "e.repeat1.safetensors", vs)
     assert len(shipped.scales) == 12 and len(again.scales) == 8 and about["preset"] == "tiny" and about["repeat"] == 0
     assert not torch.allclose(shipped.effects[:8], again.effects)  # other random numbers
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").rglob("*.safetensors")}
-    E.main(call)
+    M.main(call)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").rglob("*.safetensors")}

@@ -1,0 +1,111 @@
+"""Measure the effects of a preset's training vectors, in blocks that resume and can be shared out: `python -m steerkit.measure_effects`."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from steerkit.approximator import budget
+from steerkit.calibration import calibrate, calibration_rows
+from steerkit.effects import Effects, Scheme, measure, save, unsteered
+from steerkit.models import load_model, preset
+from steerkit.paths import resolve, write_atomic
+from steerkit.saes import load_sae
+
+
+def training_vectors(W_dec: Float[Tensor, "d_sae d_model"], *, n_held: int = 256, seed: int = 0) -> tuple[Tensor, Bool[Tensor, " n"]]:
+    """Return unit vectors to measure, [2 d_sae, d_model], and which of them are held out, never to be fitted on.
+
+    Every decoder row once, and as many sums of two rows: steering directions that are not themselves rows. First come the
+    held-out ones, n_held rows and n_held sums of such rows; then rows and sums by turns, none of which holds a held-out row.
+    """
+    rows = nn.functional.normalize(W_dec.detach().float(), dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator)
+    out = []
+    for part in (order[:n_held], order[n_held:]):
+        partner = part.roll(1)[torch.randperm(len(part), generator=generator)]
+        partner = torch.where(partner == part, part.roll(1), partner)
+        sums = nn.functional.normalize(rows[part] + rows[partner], dim=1)
+        out.append(torch.stack([rows[part], sums], 1).flatten(0, 1))
+    held = torch.zeros(2 * len(rows), dtype=torch.bool)
+    held[: 2 * n_held] = True
+    return torch.cat(out), held
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line, measure, and ship."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="smollm2-135m")
+    parser.add_argument("--layer", type=int, help="default: the preset's primary layer")
+    parser.add_argument("--out", required=True, help="folder of the finished parts")
+    parser.add_argument("--text", default="data/check_texts.txt", help="calibration text, plain")
+    parser.add_argument("--text-rows", type=int, default=4, help="rows of 32 tokens to calibrate on")
+    parser.add_argument("--rise", type=float, default=0.5, help="calibrate to the unsteered loss plus this many nats")
+    parser.add_argument("--dtype", default="bfloat16", help="of the model; the SAE runs in float32")
+    parser.add_argument("--block", type=int, default=512, help="vectors calibrated and measured together")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=2, help="independent measurements of the held-out vectors")
+    parser.add_argument("--first", type=int, help="measure this many vectors only, the held-out ones first")
+    parser.add_argument("--shard", type=int, default=0)
+    parser.add_argument("--n-shards", type=int, default=1)
+    parser.add_argument("--ship", help="once all blocks are there, write them to this file")
+    args = parser.parse_args(argv)
+    spec = preset(args.preset)
+    layer = spec.primary_layer if args.layer is None else args.layer
+    model, tokenizer = load_model(spec, dtype=args.dtype)
+    sae = load_sae(spec, spec.sae_set(), layer, hf=model)
+    vectors, held = (t[: args.first] for t in training_vectors(sae.W_dec))
+    ids = calibration_rows(tokenizer, resolve(args.text).read_text(encoding="utf-8"), rows=args.text_rows)
+    folder, scheme = Path(args.out), Scheme(outlier=spec.outlier)
+    blocks = range(0, len(vectors), args.block)
+    jobs = [(start, repeat) for start in blocks for repeat in range(args.repeats if start < held.sum() else 1)]
+    calm = {"scheme": replace(scheme, samples=64), "batch_size": args.batch_size, "out": folder / "baseline"}
+    base = unsteered(model, tokenizer, sae, layer=layer, **calm)
+    found: dict[int, list[Effects]] = {}
+    for start, repeat in jobs[args.shard :: args.n_shards]:
+        block = vectors[start : start + args.block]
+        scales = _scales(folder / f"scales-{start:06d}.safetensors", model, ids, block, layer, args)
+        noise = replace(scheme, sampling=replace(scheme.sampling, seed=1000 * repeat + start))
+        settings = {"layer": layer, "baseline": base, "scheme": noise, "batch_size": args.batch_size}
+        measured = measure(model, tokenizer, sae, block, scales, out=folder / f"block-{start:06d}-{repeat}", **settings)
+        found.setdefault(repeat, []).append(measured)
+    if args.ship and args.n_shards == 1:
+        about = {"preset": spec.name, "layer": layer, "vectors": "training_vectors", "rise": args.rise, "text": args.text}
+        about |= {"text_rows": args.text_rows, "dtype": args.dtype, "prompts": len(scheme.prompts), "samples": scheme.samples}
+        _ship(resolve(args.ship), {repeat: _join(blocks, base) for repeat, blocks in found.items()}, held, about)
+
+
+def _join(blocks: list[Effects], baseline: Tensor) -> Effects:
+    return Effects(*(torch.cat([getattr(e, name) for e in blocks]) for name in ("vectors", "scales", "parts")), baseline)
+
+
+def _ship(path: Path, found: dict[int, Effects], held: Bool[Tensor, " n"], about: dict) -> None:
+    """Write the effects, each repeat beside them, and what a budget of rollouts buys."""
+    for repeat, effects in found.items():
+        save(effects, path if not repeat else path.with_suffix(f".repeat{repeat}.safetensors"), about | {"repeat": repeat})
+    first = found[0]
+    held = held[: len(first.scales)]
+    target = torch.stack([e.effects[held[: len(e.scales)]] for e in found.values()]).mean(0)
+    table = budget(first.vectors[~held], first.parts[~held], first.vectors[held], target, rollouts=about["prompts"] * about["samples"])
+    write_atomic(path.parent / "budget.csv", table.to_csv(index=False, float_format="%.4f"))
+
+
+def _scales(path: Path, model, ids, vectors, layer: int, args) -> Float[Tensor, " n"]:
+    """Return calibrated scales, extrapolated ones cut at twice the grid's end; kept in a file."""
+    if not path.exists():
+        grid = tuple(range(0, 201, 40))
+        scales, beyond, _ = calibrate(model, ids, vectors, layer=layer, rise=args.rise, grid=grid, batch_size=args.batch_size)
+        scales = torch.where(scales > 0, scales, float("inf")).clamp(1.0, 2.0 * grid[-1])
+        write_atomic(path, to_bytes({"scales": scales, "beyond": beyond}))
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("scales")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Output and input scores: the card's toys, the fast path against the plain hook, limits that are known."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from steerkit import models
+from steerkit.features import logit_lens
+from steerkit.hooks import Boost, steering
+from steerkit.input_scores import TopRecords, input_scores
+from steerkit.output_scores import PROMPT, lens_tokens, output_scores, rank_weighted, token_confidence
+from steerkit.paths import DATA
+
+
+def toy_sae():
+    """The SAE of the method card's first check."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=2, d_sae=3, dtype="float32", device="cpu", apply_b_dec_to_input=False))
+    weights = {
+        "W_enc": [[1, 0, -1], [0, 1, 1]], "b_enc": [0, -0.5, 0], "threshold": [0.5, 1, 1.5],
+        "W_dec": [[1, 0], [0, 1], [0.6, 0.8]], "b_dec": [0.1, -0.1],
+    }  # fmt: skip
+    sae.load_state_dict({k: torch.tensor(v, dtype=torch.float32) for k, v in weights.items()})
+    return sae.eval()
+
+
+def test_the_push_of_the_toy_sae():
+    x = torch.tensor([[[1.0, 2.0]]])
+    assert torch.allclose(x + Boost(0, toy_sae(), 2, 2.0).delta(x), torch.tensor([2.8, 4.4]))
+    assert torch.equal(Boost(0, toy_sae(), 2, 0.0).delta(x), torch.zeros(1, 1, 2))
+
+
+def test_the_score_of_the_toy_logits_and_its_bounds():
+    logits = torch.tensor([[2, 1, 0.5, 0, -1, -1.5, -2, -3]])
+    score, p, rank = rank_weighted(logits, torch.tensor([[2, 5]]))
+    assert p.item() == pytest.approx(0.121837, abs=1e-6) and rank.item() == 2 and score.item() == pytest.approx(0.0913777, abs=1e-7)
+    top, p_top, _ = rank_weighted(logits, torch.tensor([[5, 0]]))
+    assert top.item() == p_top.item() == pytest.approx(float(logits.softmax(-1)[0, 0]))
+    many = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)) * 4
+    lens = torch.stack([torch.randperm(30, generator=torch.Generator().manual_seed(i))[:6] for i in range(50)])
+    small, large = rank_weighted(many, lens[:, :3])[0], rank_weighted(many, lens)[0]
+    assert (small >= 0).all() and (large <= 1).all() and (large >= small).all()  # more lens tokens never lower it
+    assert torch.equal(large, rank_weighted(many, lens.flip(1))[0])
+    tau = 0.05
+    scores, _, ranks = rank_weighted(many, lens)
+    assert (ranks[scores >= tau] <= 1 / tau - 1).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "qwen3", "gpt2", "gptneox"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_fast_path_equals_one_hooked_pass_a_feature(kind, layer):
+    """The definition, literally: steer the last position of a whole forward pass, sort all probabilities, in float64."""
+    model, tok, sae = tiny.model(kind), tiny.tokenizer(), tiny.planted_sae()
+    ids = torch.tensor([[tok.bos_token_id, *tok(PROMPT, add_special_tokens=False)["input_ids"]]])
+    found = output_scores(model, tok, sae, range(40), layer=layer, factor=3.0, k=5, batch_size=16)
+    with torch.inference_mode():
+        plain = model(input_ids=ids).logits[0, -1].double()
+        for i in range(40):
+            lens = [t for t, _ in _lens(model, sae.W_dec[i], 5)]
+            with steering(model, Boost(layer, sae, i, 3.0), window="last", record=False):
+                logits = model(input_ids=ids).logits[0, -1].double()
+            for which, want in ((logits, found.score[i]), (plain, found.unsteered[i])):
+                p = which.softmax(0)
+                best = max(p[t] for t in lens)
+                assert want.item() == pytest.approx(float((1 - (p > best).sum() / len(p)) * best), rel=1e-4, abs=1e-9)
+            change = (logits.log_softmax(0).sort().values[-5:].mean() - plain.log_softmax(0).sort().values[-5:].mean()).abs()
+            assert found.confidence[i].item() == pytest.approx(float(change), rel=1e-3, abs=1e-4)
+
+
+def _lens(model, direction, k):
+    norm = next(m for name, m in model.base_model.named_children() if name in ("norm", "ln_f", "final_layer_norm"))
+    logits = model.get_output_embeddings()(norm(direction[None]))[0].double()
+    return [(i, float(logits[i])) for i in logits.argsort(descending=True)[:k].tolist()]
+
+
+def test_the_papers_variants_are_options():
+    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
+    plain = output_scores(model, tok, sae, range(20), layer=1, k=5)
+    assert torch.equal(output_scores(model, tok, sae, range(20), layer=1, k=5, subtract=True).score, plain.score - plain.unsteered)
+    other = output_scores(model, tok, sae, range(20), layer=1, k=5, prompt="In my experience,")
+    assert not torch.allclose(other.score, plain.score)
+    exact = output_scores(model, tok, sae, range(20), layer=1, k=5, keep_error=False)  # the planted SAE makes no error
+    torch.testing.assert_close(exact.score, plain.score, rtol=1e-3, atol=1e-6)
+    sae.cfg.apply_b_dec_to_input = False
+    with torch.no_grad():
+        sae.b_dec.add_(1.0)  # now the reconstruction is off by one everywhere
+    off = output_scores(model, tok, sae, range(20), layer=1, k=5, keep_error=False)
+    assert not torch.allclose(off.score, plain.score, rtol=1e-2)
+    torch.testing.assert_close(output_scores(model, tok, sae, range(20), layer=1, k=5).score, plain.score)  # the error is added back
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_large_push_after_the_last_block_leaves_only_the_lens(kind):
+    """s -> infinity: the next-token distribution is that of the decoder row alone, so the top lens token has rank 0."""
+    model, tok, sae = tiny.model(kind), tiny.tokenizer(), tiny.planted_sae()
+    found = output_scores(model, tok, sae, layer=2, factor=1e6)
+    head, norm = model.get_output_embeddings(), model.base_model.norm
+    with torch.inference_mode():
+        logits = head(norm(sae.W_dec * 1e6))
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+    assert (found.rank == 0).all()
+    torch.testing.assert_close(found.score, logits.softmax(-1).amax(-1), rtol=1e-3, atol=1e-5)
+
+
+def test_scores_do_not_depend_on_batches_and_bad_features_are_refused():
+    model, tok, sae = tiny.model("gpt2"), tiny.tokenizer(), tiny.planted_sae()
+    a, b = (output_scores(model, tok, sae, layer=1, k=5, batch_size=n) for n in (7, 128))
+    torch.testing.assert_close(a.score, b.score)
+    some = output_scores(model, tok, sae, [3, 90], layer=1, k=5)
+    torch.testing.assert_close(some.score, a.score[[3, 90]])
+    with pytest.raises(ValueError, match="expected 0 to 127"):
+        output_scores(model, tok, sae, [128], layer=1)
+    with pytest.raises(ValueError, match="a row for each of 2"):
+        output_scores(model, tok, sae, [0, 1], layer=1, lens=torch.zeros(3, 5, dtype=torch.long))
+
+
+def test_lens_tokens_equal_the_logit_lens_and_ignore_scale():
+    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
+    found = lens_tokens(model, sae.W_dec[:9], k=4, chunk=4)
+    for i in range(9):
+        assert [tok.decode([t]) for t in found[i].tolist()] == [w for w, _ in logit_lens(model, tok, sae.W_dec[i], k=4)]
+    assert torch.equal(found, lens_tokens(model, 7.0 * sae.W_dec[:9], k=4))
+
+
+def test_token_confidence_of_known_distributions():
+    flat = torch.zeros(1, 100)
+    assert token_confidence(flat, k=20).item() == pytest.approx(np.log(100), rel=1e-6)
+    assert token_confidence(torch.log(torch.tensor([[0.5, 0.25, 0.25]])), k=2).item() == pytest.approx(-np.log(0.5 * 0.25) / 2, rel=1e-6)
+
+
+def test_top_records_equal_a_full_sort_whatever_the_batches():
+    g = torch.Generator().manual_seed(0)
+    acts = torch.relu(torch.randn(60, 9, 14, generator=g))
+    ids = torch.randint(0, 50, (60, 9), generator=g)
+    keep = torch.rand(60, 9, generator=g) > 0.2
+    for size in (1, 7, 60):
+        records = TopRecords(14, k=10)
+        for part in torch.arange(60).split(size):
+            records.add(acts[part], ids[part], keep[part])
+        for f in range(14):
+            best = sorted(((float((acts[r, :, f] * keep[r]).max()), r) for r in range(60)), reverse=True)[:10]
+            assert records.values[f].tolist() == pytest.approx([v for v, _ in best])
+            assert records.tokens[f].tolist() == [int(ids[r, (acts[r, :, f] * keep[r]).argmax()]) for _, r in best]
+    silent = TopRecords(1, k=3)
+    silent.add(torch.zeros(4, 5, 1), torch.ones(4, 5, dtype=torch.long))
+    assert silent.tokens.tolist() == [[-1, -1, -1]]  # a feature that never fires has no record
+
+
+def test_input_scores_count_records_and_refuse_too_few():
+    lens = torch.tensor([[1, 2], [1, 2], [1, 2]])
+    tokens = torch.tensor([[1, 1, 2, 7], [7, 8, 9, 1], [1, -1, -1, -1]])
+    score, n = input_scores(lens, tokens, min_records=2)
+    assert score[:2].tolist() == [0.75, 0.25] and score[2].isnan() and n.tolist() == [4, 4, 1]
+
+
+GOLDEN = json.loads((DATA / "papers" / "output_score_golden.json").read_text())
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize(("name", "key"), [("pythia-70m", "pythia_70m"), ("gemma-2-2b", "gemma2_2b")])
+def test_published_output_scores(name, key):
+    """Within 1 % above 0.001, in float32."""
+    by_layer: dict[int, dict[int, float]] = {}
+    for label, values in GOLDEN[key]["features"].items():
+        layer, feature = map(int, label.split("_"))
+        by_layer.setdefault(layer, {})[feature] = values.get("S_out", values.get("S_out_post"))
+    try:
+        loaded = models.open(name, layers=sorted(by_layer), dtype="float32")
+    except (ConnectionError, PermissionError, OSError) as error:
+        pytest.skip(f"needs the hub: {str(error)[:80]}")
+    for layer, wanted in by_layer.items():
+        found = output_scores(loaded.hf, loaded.tokenizer, loaded.sae(layer), list(wanted), layer=layer)
+        large = {i: w for i, w in enumerate(wanted.values()) if w is not None and w > 1e-3}
+        assert {i: found.score[i].item() for i in large} == pytest.approx(large, rel=1e-2)
