@@ -1,0 +1,195 @@
+"""Selection against sorting by hand, steering on tiny random models, side effects against the published ratios."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from steerkit.correlation import Correlation
+from steerkit.corrsteer import Pick, arm, edits, random_features, rank, select, ser
+from steerkit.features import residuals
+from steerkit.generate import BASELINE, generate
+from steerkit.hooks import residual_blocks, steering
+from steerkit.pooling import Raw
+
+D = tiny.D_MODEL
+
+
+def stats(seed: int, n: int = 80, d: int = 30):
+    rng = np.random.default_rng(seed)
+    z = rng.gamma(2.0, 1.0, (n, d)) * (rng.random((n, d)) < rng.random(d))
+    y = (z[:, seed % d] + rng.normal(0, 1, n) > 1.0).astype(int)
+    c = Correlation.empty(d)
+    c.update(z, y)
+    return c, z, y
+
+
+LAYERS = {layer: stats(layer)[0] for layer in (2, 5, 9)}
+
+
+def test_rank_is_the_sorted_list_of_positively_correlated_features():
+    c, z, y = stats(5)
+    r = np.array([np.corrcoef(x, y)[0, 1] for x in z.T])
+    best = rank(c, 5, k=1000)
+    assert [p.feature for p in best] == [i for i in np.argsort(-r) if r[i] > 0]
+    for p in best:
+        assert p.coefficient == pytest.approx(z[y == 1, p.feature].mean()) and p.coefficient > z[y == 0, p.feature].mean()
+        assert p.r == p.score == pytest.approx(r[p.feature])
+        assert (p.fired_pos, p.fired_neg) == ((z[y == 1, p.feature] > 0).sum(), (z[y == 0, p.feature] > 0).sum())
+    assert best[0].feature == 5 and rank(c, 5, k=3) == best[:3]  # 5 was planted
+    worst = rank(c, 5, negative=True)[0]
+    assert worst.feature == r.argmin() and worst.coefficient == pytest.approx(-z[y == 1, worst.feature].mean())
+
+
+def test_rivals_rank_within_positive_r_and_coefficients_have_their_names():
+    c, z, y = stats(9)
+    up = np.flatnonzero(c.r() > 0)
+    for score, values in {"fisher": c.fisher(), "mi": c.mutual_information(), "caa": np.abs(c.caa())}.items():
+        assert rank(c, 9, score=score)[0].feature == up[values[up].argmax()]
+    p = rank(c, 9, score="caa", coefficient="difference", scale=2.0)[0]
+    assert p.coefficient == pytest.approx(2 * (z[y == 1, p.feature].mean() - z[y == 0, p.feature].mean()))
+    p = rank(c, 9, coefficient="firing")[0]
+    column = z[y == 1, p.feature]
+    assert p.coefficient == pytest.approx(column[column > 0].mean())
+    with pytest.raises(ValueError, match="score"):
+        rank(c, 9, score="auroc")
+    with pytest.raises(ValueError, match="coefficient"):
+        rank(c, 9, coefficient="median")
+
+
+def test_min_fired_passes_over_the_feature_that_fires_once():
+    z, y = np.zeros((40, 2)), np.arange(40) < 3
+    z[0, 0], z[:3, 1], z[10:16, 1] = 9.0, 1.0, 1.0
+    c = Correlation.empty(2)
+    c.update(z, y)
+    assert [p.feature for p in rank(c, 1)] == [0, 1] and [p.feature for p in rank(c, 1, min_fired=2)] == [1]
+
+
+def test_a_takes_every_layer_s_the_best_of_them_and_p_what_validation_keeps():
+    a = select(LAYERS)
+    assert [p.layer for p in a] == [2, 5, 9] and a == [rank(c, layer)[0] for layer, c in LAYERS.items()]
+    assert select(LAYERS, variant="S") == [max(a, key=lambda p: p.r)]
+    asked, value = [], {None: 0.5, 2: 0.5, 5: 0.6, 9: 0.4}
+
+    def validate(picks):
+        asked.append([p.layer for p in picks])
+        return value[picks[0].layer if picks else None]
+
+    assert select(LAYERS, variant="P", validate=validate) == [a[1]]  # equal to the baseline is not enough
+    assert asked == [[], [2], [5], [9]]
+    assert select(LAYERS, variant="P", validate=lambda picks: 0.0) == []
+    for wrong in ({"variant": "P"}, {"variant": "A", "validate": validate}, {"variant": "B"}):
+        with pytest.raises(ValueError, match=r"validate|variant"):
+            select(LAYERS, **wrong)
+
+
+def test_without_successes_nothing_is_chosen():
+    c = Correlation.empty(3)
+    c.update(np.ones((4, 3)) * np.arange(4)[:, None], np.zeros(4))
+    assert select({1: c}) == [] == select({1: c}, negative=True) == random_features({1: c})
+
+
+def test_random_features_are_drawn_among_positive_r_and_can_match_a_selection():
+    seen = set()
+    for seed in range(300):
+        for p in random_features(LAYERS, seed=seed):
+            c = LAYERS[p.layer]
+            assert p.r > 0 and p.coefficient == pytest.approx(c.coefficients()[p.feature])
+            seen.add((p.layer, p.feature))
+    assert seen == {(layer, i) for layer, c in LAYERS.items() for i in np.flatnonzero(c.r() > 0)}  # all of them, in time
+    a = select(LAYERS)[:2]
+    for seed in range(60):
+        drawn = random_features(LAYERS, seed=seed, match=a)
+        assert [(p.layer, p.coefficient) for p in drawn] == [(p.layer, p.coefficient) for p in a]
+        assert all(p.feature != q.feature for p, q in zip(drawn, a))
+    assert random_features(LAYERS, seed=3) == random_features(LAYERS, seed=3)
+
+
+def pick(layer, feature, coefficient):
+    return Pick(layer, feature, coefficient, 0.5, 0.5, 3, 1)
+
+
+IDS = torch.tensor([[1, 40, 50, 60]])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_zero_coefficient_is_bit_identical_and_another_moves_only_the_last_position(kind):
+    """By exactly c W_dec[i]; keys and values of earlier positions stay what they were."""
+    model, sae = tiny.model(kind), tiny.planted_sae()
+    plain = model(input_ids=IDS, use_cache=True)
+    with steering(model, edits([pick(1, 5, 0.0)], {1: sae}), window="last"):
+        assert torch.equal(model(input_ids=IDS).logits, plain.logits)
+    with steering(model, edits([pick(1, 5, 3.0)], {1: sae}), window="last"):
+        steered = model(input_ids=IDS, use_cache=True)
+        moved = residuals(model, IDS, layers=[1])[1]
+    before = residuals(model, IDS, layers=[1])[1]
+    assert torch.equal(moved[:, :-1], before[:, :-1])
+    torch.testing.assert_close(moved[:, -1], before[:, -1] + 3.0 * sae.W_dec[5], rtol=0, atol=0)
+    for a, b in zip(plain.past_key_values.layers, steered.past_key_values.layers):
+        assert torch.equal(a.keys[:, :, :-1], b.keys[:, :, :-1]) and torch.equal(a.values[:, :, :-1], b.values[:, :, :-1])
+    assert not torch.equal(plain.logits[:, -1], steered.logits[:, -1])
+
+
+def test_two_layers_compose():
+    """The second layer's input holds what the first added: not the sum of two runs."""
+    model, saes = tiny.model("llama"), {1: tiny.planted_sae(), 2: tiny.planted_sae()}
+
+    def deep(*picks):
+        with steering(model, edits(picks, saes), window="last"):
+            return residuals(model, IDS, layers=[2])[2][:, -1]
+
+    first, second = pick(1, 5, 30.0), pick(2, 7, 20.0)
+    none, both = deep(), deep(first, second)
+    torch.testing.assert_close(both, deep(first) + 20.0 * saes[2].W_dec[7], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(deep(first) - none, 30.0 * saes[1].W_dec[5].expand(1, -1), atol=1e-2)
+
+
+def test_site_pre_adds_to_what_enters_the_block():
+    model, sae, seen = tiny.model("llama"), tiny.planted_sae(), []
+    block = residual_blocks(model)[2]
+    handle = block.register_forward_pre_hook(lambda _m, args, kw: seen.append((args or (kw["hidden_states"],))[0]), with_kwargs=True)
+    model(input_ids=IDS)
+    with steering(model, edits([pick(2, 5, 3.0)], {2: sae}, site="pre", scale=0.5), window="last"):
+        model(input_ids=IDS)
+    handle.remove()
+    torch.testing.assert_close(seen[1][:, -1], seen[0][:, -1] + 1.5 * sae.W_dec[5])
+    assert torch.equal(seen[1][:, :-1], seen[0][:, :-1])
+    with pytest.raises(ValueError, match="site"):
+        edits([pick(0, 5, 3.0)], {0: sae}, site="pre")
+
+
+def test_an_arm_steers_generation_and_raw_picks_steer_coordinates():
+    model, tok, saes = tiny.model("llama"), tiny.tokenizer(), {1: tiny.planted_sae()}
+    arms = [
+        BASELINE,
+        arm("zero", [pick(1, 5, 0.0)], saes),
+        arm("sae", [pick(1, 5, 40.0)], saes),
+        arm("raw", [pick(1, 5, 40.0)], {1: Raw(D)}),
+    ]
+    frame = generate(model, tok, ["I think"], arms, temperature=0.0, max_new_tokens=8, window="last", progress=False)
+    tokens = dict(zip(frame.arm, frame.tokens))
+    assert tokens["zero"] == tokens["baseline"] != tokens["sae"] == tokens["raw"]  # feature 5 is coordinate 5
+    assert frame.changed.tolist() == [0, 0, 8, 8]
+
+
+@pytest.mark.parametrize("negative,positive,ratio", [(182, 697, 0.207), (1108, 1616, 0.407), (131, 570, 0.187)])
+def test_side_effects_give_the_published_ratios(negative, positive, ratio):
+    """Counts of the paper's MMLU table, with wrong answers that stay wrong, and unchanged ones, in between."""
+    n, both = 14_042, negative + positive
+    before, after = np.array(["A"] * n), np.array(["B"] * both + ["C"] * 50 + ["A"] * (n - both - 50))
+    was, now = np.zeros(n), np.zeros(n)
+    was[:negative], now[negative:both] = 1, 1
+    found = ser(before, after, was, now)
+    assert (found.negative, found.positive, found.changed) == (negative, positive, both + 50)
+    assert found.ratio == pytest.approx(ratio, abs=5e-4) and found.of_all == negative / (both + 50)
+    assert found.gain == pytest.approx(now.mean() - was.mean())
+    if negative == 182:
+        assert 100 * found.gain == pytest.approx(3.67, abs=5e-3)
+
+
+def test_only_changed_answers_count():
+    found = ser(["A", "B"], ["A", "C"], [1, 0], [0, 0])  # a reward that changed under the same answer is not a side effect
+    assert (found.negative, found.positive, found.changed) == (0, 0, 1)
+    assert np.isnan(found.ratio) and found.of_all == 0
+    with pytest.raises(ValueError, match="same samples"):
+        ser(["A"], ["A", "B"], [1], [1, 0])

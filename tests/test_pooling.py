@@ -1,0 +1,212 @@
+"""Pooling during generation against plain forward passes on tiny random models."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import steerkit.pooling as P
+from steerkit.decode import Sampling, Watch, decode
+from steerkit.features import residuals
+from steerkit.generate import generate, prompt_ids
+from steerkit.hooks import Add, residual_blocks
+from steerkit.pooled import Pooled
+from steerkit.pooling import Raw, block_of, pool_generations
+
+D = tiny.D_MODEL
+PROMPTS = ["I think", "a", "The longest of the prompts here", "So", "a"]
+
+
+def run(prompts=PROMPTS, kind="llama", saes=None, **settings):
+    saes = saes or {1: tiny.planted_sae(), 2: tiny.planted_sae()}
+    settings = {"max_new_tokens": 6, "stop": [], "progress": False} | settings
+    return pool_generations(tiny.model(kind), tiny.tokenizer(), prompts, saes, **settings)
+
+
+def by_hand(kind, prompt, tokens, layer, site, steps):
+    """Encode the positions that predict the first `steps` tokens, from one plain pass without a cache."""
+    tok, sae = tiny.tokenizer(), tiny.planted_sae()
+    ids = prompt_ids(tok, prompt)
+    whole = torch.tensor([ids + tokens])
+    model = tiny.model(kind)
+    if site == "post":
+        h = residuals(model, whole, layers=[layer])[layer][0]
+    else:  # what enters the block, as a hook before it sees it
+        seen, block = [], residual_blocks(model)[layer]
+        handle = block.register_forward_pre_hook(lambda _m, args, kw: seen.append((args or (kw["hidden_states"],))[0]), with_kwargs=True)
+        with torch.no_grad():
+            model(input_ids=whole)
+        handle.remove()
+        h = seen[0][0]
+    z = sae.encode(h[len(ids) - 1 : len(ids) - 1 + steps])
+    return (z.amax(0), z.mean(0)) if steps else (torch.zeros(2 * D), torch.zeros(2 * D))
+
+
+def close(sparse_row, tensor):
+    np.testing.assert_allclose(sparse_row.toarray().ravel(), tensor.detach().numpy(), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind,site", [("llama", "post"), ("llama", "pre"), ("gemma2", "pre"), ("gpt2", "post")])
+def test_pooled_features_equal_a_plain_pass_and_texts_those_of_generate(kind, site):
+    """Left-padded batches against each text alone, whole: maximum and mean over the positions that predict a token."""
+    texts, pooled = run(kind=kind, site=site)
+    frame = generate(tiny.model(kind), tiny.tokenizer(), PROMPTS, temperature=0.0, max_new_tokens=6, progress=False)
+    assert pooled.tokens == frame.tokens.tolist() and texts == frame.text.tolist()
+    assert pooled.window.tolist() == [6] * 5
+    for row, prompt in enumerate(PROMPTS):
+        for layer in (1, 2):
+            top, mean = by_hand(kind, prompt, pooled.tokens[row], layer, site, 6)
+            close(pooled.z(layer, "max")[[row]], top)
+            close(pooled.z(layer, "mean")[[row]], mean)
+
+
+def test_the_window_ends_before_the_step_that_predicts_the_end():
+    """Rows that end early, at once or not at all, in one batch: steps 0 to k - 1, zeros, all steps."""
+    full = run(max_new_tokens=8)[1]
+    stop = full.tokens[0][3], full.tokens[1][0]
+    _, pooled = run(max_new_tokens=8, stop=stop)
+    lengths = [next((i for i, t in enumerate(ts) if t in stop), 8) for ts in full.tokens]
+    assert pooled.window.tolist() == lengths and [len(t) for t in pooled.tokens] == lengths
+    assert lengths[1] == 0 and lengths[4] == 0 and 0 < lengths[0] <= 3
+    for row, steps in enumerate(lengths):
+        top, mean = by_hand("llama", PROMPTS[row], full.tokens[row], 1, "post", steps)
+        close(pooled.z(1)[[row]], top)
+        close(pooled.z(1, "mean")[[row]], mean)
+    assert pooled.z(1)[[1]].nnz == 0
+
+
+def test_one_token_answers_always_have_a_window_and_max_equals_mean():
+    first = [t[0] for t in run(max_new_tokens=1)[1].tokens]
+    _, pooled = run(max_new_tokens=1, stop=first[:1])
+    assert pooled.window.tolist() == [1] * 5 and pooled.tokens[0] == []
+    for layer in (1, 2):
+        assert (pooled.z(layer, "max") != pooled.z(layer, "mean")).nnz == 0
+    close(pooled.z(1)[[0]], by_hand("llama", PROMPTS[0], [], 1, "post", 1)[0])
+    _, none = run(max_new_tokens=1, stop=first[:1], min_window=0)
+    assert none.window[0] == 0 and none.z(1)[[0]].nnz == 0
+
+
+def test_stop_tokens_are_the_tokenizers_end_and_pad_by_default(monkeypatch):
+    seen, real = [], P.decode
+    monkeypatch.setattr(P, "decode", lambda *a, **kw: seen.append(kw["sampling"].stop) or real(*a, **kw))
+    run(["a"], stop=None)
+    assert seen == [(tiny.tokenizer().pad_token_id, tiny.tokenizer().eos_token_id)]
+
+
+def test_batches_of_any_size_give_the_same_features():
+    """One by one nothing is padded; together the rows are left-padded, end at different steps and leave the batch."""
+    full = run(max_new_tokens=8)[1]
+    stop = [full.tokens[2][4]]
+    (texts, together), (alone_texts, alone) = run(max_new_tokens=8, stop=stop), run(max_new_tokens=8, stop=stop, batch_size=1)
+    assert texts == alone_texts and together.window.tolist() == alone.window.tolist()
+    for layer in (1, 2):
+        for pool in ("max", "mean"):
+            np.testing.assert_allclose(together.z(layer, pool).toarray(), alone.z(layer, pool).toarray(), atol=2e-4)
+
+
+def test_a_watch_is_shown_each_step_once_with_steering_on():
+    """As many steps as new tokens; the first is the last prompt token of a plain pass, and steering shows."""
+    model, ids, vector, steps = tiny.model("llama"), prompt_ids(tiny.tokenizer(), "So it is"), torch.randn(D), []
+    common = {"rows": [0], "arm": [0], "shared": [0], "sampling": Sampling(temperature=0.0, max_new_tokens=4), "window": "last"}
+    watch = Watch((1,), lambda step, rows, stopped, resid: steps.append((step, rows.tolist(), resid[1].clone())))
+    decode(model, [ids], [], watch=watch, **common)
+    assert [s[:2] for s in steps] == [(i, [0]) for i in range(4)]
+    torch.testing.assert_close(steps[0][2], residuals(model, torch.tensor([ids]), layers=[1])[1][:, -1], atol=1e-4, rtol=1e-4)
+    decode(model, [ids], [Add(1, vector, 2.0)], watch=watch, **common)
+    torch.testing.assert_close(steps[4][2], steps[0][2] + 2.0 * vector, atol=1e-4, rtol=1e-4)
+    assert not any(block._forward_hooks for block in residual_blocks(model))
+
+
+def test_raw_coordinates_keep_their_signs():
+    """Residual coordinates: a negative maximum is a negative maximum, and a text that ends at once is zero."""
+    _, pooled = run(saes={1: Raw(D)})
+    sae = run(saes={1: tiny.planted_sae()})[1]
+    top = pooled.z(1).toarray()
+    assert (top < 0).any()
+    np.testing.assert_allclose(np.maximum(top, 0), sae.z(1).toarray()[:, :D], atol=1e-6)
+    mean = sae.z(1, "mean").toarray()
+    np.testing.assert_allclose(pooled.z(1, "mean").toarray(), mean[:, :D] - mean[:, D:], atol=1e-5)
+
+
+def test_an_interrupted_run_carries_on_from_its_files(tmp_path, monkeypatch):
+    out = tmp_path / "run-{key}"
+    texts, whole = run(batch_size=2)
+    real, calls = P.decode, []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(P, "decode", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(batch_size=2, out=out)
+    again, resumed = run(batch_size=2, out=out)
+    assert len(calls) == 2 + 2 and again == texts  # three batches, the first was done
+    assert (resumed.z(2) != whole.z(2)).nnz == 0
+    (folder,) = tmp_path.iterdir()
+    with pytest.raises(ValueError, match="another run"):
+        run(batch_size=2, max_new_tokens=5, out=folder)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("pretend"), ValueError("else")])
+def test_out_of_memory_halves_the_batch_and_other_errors_do_not(monkeypatch, error):
+    texts, whole = run()
+    real, sizes = P.decode, []
+
+    def small(model, ids, *args, **kwargs):
+        sizes.append(len(ids))
+        if len(ids) > 2:
+            raise error
+        return real(model, ids, *args, **kwargs)
+
+    monkeypatch.setattr(P, "decode", small)
+    if isinstance(error, ValueError):
+        with pytest.raises(ValueError, match="else"):
+            run()
+        return
+    again, halves = run()
+    assert again == texts and sizes == [5, 2, 3, 1, 2]
+    np.testing.assert_allclose(halves.z(1).toarray(), whole.z(1).toarray(), atol=2e-4)
+
+
+def test_saved_selected_and_joined_samples_stay_themselves(tmp_path):
+    _, pooled = run()
+    again = Pooled.load(pooled.save(tmp_path / "p.safetensors"))
+    assert again.tokens == pooled.tokens and again.window.tolist() == pooled.window.tolist()
+    both = Pooled.join([again.take([3, 0]), again.take([4])])
+    assert both.tokens == [pooled.tokens[i] for i in (3, 0, 4)] and len(both) == 3
+    for pool in ("max", "mean"):
+        np.testing.assert_array_equal(both.z(2, pool).toarray(), pooled.z(2, pool).toarray()[[3, 0, 4]])
+    (tmp_path / "x").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"Pooled\.save"):
+        Pooled.load(tmp_path / "x")
+    with pytest.raises(ValueError, match="layer of"):
+        pooled.z(7)
+
+
+def test_correlations_of_kept_features_equal_numpy():
+    """Pools for r and for coefficients, selections with repeats, and batches smaller than the data."""
+    _, pooled = run()
+    y = np.array([1, 0, 1, 1, 0])
+    top, mean = pooled.z(1).toarray().astype(float), pooled.z(1, "mean").toarray().astype(float)
+    c = pooled.correlation(1, y, steer_pool="mean", batch=2)
+    alive = top.std(0) > 1e-5
+    np.testing.assert_allclose(c.r()[alive], [np.corrcoef(x, y)[0, 1] for x in top.T[alive]], atol=1e-10)
+    np.testing.assert_allclose(c.coefficients(), mean[y == 1].mean(0))
+    drawn = [0, 0, 4, 2]
+    np.testing.assert_allclose(pooled.correlation(1, y, rows=drawn).coefficients(), top[[0, 0, 2]].mean(0))
+    with pytest.raises(ValueError, match="expected z"):
+        pooled.correlation(1, y[:3])
+
+
+def test_sites_and_settings_out_of_range_are_clear_errors():
+    assert (block_of(3, "post"), block_of(3, "pre")) == (3, 2)
+    for layer, site in ((0, "pre"), (1, "mid")):
+        with pytest.raises(ValueError, match="site"):
+            block_of(layer, site)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        run([])
+    with pytest.raises(ValueError, match="layers 0 to 2"):
+        run(saes={3: Raw(D)})
