@@ -11,7 +11,7 @@ from steerkit import models
 from steerkit.features import logit_lens
 from steerkit.hooks import Boost, steering
 from steerkit.input_scores import TopRecords, input_scores
-from steerkit.output_scores import PROMPT, lens_tokens, output_scores, rank_weighted, token_confidence
+from steerkit.output_scores import PROMPT, lens_rank, lens_tokens, output_scores, rank_weighted, token_confidence
 from steerkit.paths import DATA
 
 
@@ -125,6 +125,7 @@ def test_lens_tokens_equal_the_logit_lens_and_ignore_scale():
     for i in range(9):
         assert [tok.decode([t]) for t in found[i].tolist()] == [w for w, _ in logit_lens(model, tok, sae.W_dec[i], k=4)]
     assert torch.equal(found, lens_tokens(model, 7.0 * sae.W_dec[:9], k=4))
+    assert lens_rank(model, sae.W_dec[:9], found[:, 2], chunk=4).tolist() == [2] * 9
 
 
 def test_token_confidence_of_known_distributions():

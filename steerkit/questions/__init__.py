@@ -1,0 +1,175 @@
+"""Questions with answers that can be checked: the released benchmarks of CorrSteer, and own tasks for a small chat model.
+
+`load` gives a task, `split` its selection, validation and test questions, `Task.grade` says what became of the answers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+
+from steerkit.questions.correct import LETTERS, Grades, bias_score, grade
+from steerkit.questions.graders import Grader
+
+__all__ = ["Question", "Splits", "Task", "bias_score", "letter_tokens", "load", "names", "split"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: what the model reads, the right answer, and the group (subject, template, country, numbers) it belongs to."""
+
+    task: str
+    id: str
+    group: str
+    prompt: str
+    gold: str  # a letter; a number; refuse or answer; or answers that all count, written "this | that"
+    choices: tuple[str, ...] = ()
+    kind: str = ""  # what to break results down by
+    meta: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with its questions by part: `all` where it has no test split of its own, else `train`, `test`, perhaps `validation`.
+
+    answer names the rule of correctness: letter, number, similar, refusal, contains or result. chat: the prompt goes through the
+    chat template. units: `split` keeps the units of a group (a country, two numbers) within one split.
+    """
+
+    name: str
+    answer: str
+    max_new_tokens: int
+    chat: bool
+    parts: Mapping[str, tuple[Question, ...]]
+    units: bool = False
+    grader: str = "auto"
+
+    def grade(self, texts: Sequence[str], questions: Sequence[Question], *, rule: str = "released", grader: str | Grader = "") -> Grades:
+        """Return for every text whether it is right, its outcome, and the name of what decided.
+
+        rule: released, or fixed (letters: case and punctuation; numbers: thousands separators, 18.0; similar: containment).
+        grader: of refusals and similarity: auto, released, offline, or a Grader of your own; by default the task's.
+        Special tokens such as <|im_end|> are dropped first. Raises ValueError for lengths that differ or an unknown rule.
+        """
+        return grade(self.answer, texts, questions, rule=rule, grader=grader or self.grader)
+
+    def correct(self, text: str, question: Question, *, rule: str = "released") -> bool:
+        """Tell whether one text is right."""
+        return bool(self.grade([text], [question], rule=rule).correct[0])
+
+    def outcome(self, text: str, question: Question, *, rule: str = "released") -> str:
+        """Return right; wrong (an answer in the asked form, but not the right one: knowledge); or a format error.
+
+        format_right and format_wrong: not in the asked form, though the fixed rule finds the right or another answer in it;
+        format_none: no answer at all.
+        """
+        return self.grade([text], [question], rule=rule).outcome[0]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Questions to select features on, to validate a choice on, and to test on: no question and no unit is in two of them."""
+
+    selection: tuple[Question, ...]
+    validation: tuple[Question, ...]
+    test: tuple[Question, ...]
+
+    @property
+    def repeats(self) -> int:
+        """Number of test questions whose prompt is also, word for word, a selection or validation prompt (public sets have some)."""
+        seen = {q.prompt for q in self.selection + self.validation}
+        return sum(q.prompt in seen for q in self.test)
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all tasks, the released ones first."""
+    from steerkit.questions.own import TASKS
+    from steerkit.questions.released import SPECS
+
+    return (*SPECS, *TASKS)
+
+
+def load(name: str, source: str | Path | Mapping[str, str | Path] | None = None) -> Task:
+    """Return a task with its questions.
+
+    source: for released tasks a hub data set id (by default the released one), a .jsonl(.gz) or .parquet file, or files by part,
+    {"train": ..., "test": ...}; for `refusal` a YAML file of requests. The other own tasks need none.
+    Raises ValueError for an unknown task or malformed rows, FileNotFoundError for a missing file.
+
+    >>> load("facts").parts["all"][0].prompt
+    'What is the capital of the United Arab Emirates?'
+    """
+    from steerkit.questions import own, released
+
+    if name in released.SPECS:
+        return released.load_released(name, source)
+    if name in own.TASKS:
+        return own.load_own(name, source)
+    raise ValueError(f"expected one of the tasks {', '.join(names())}, got {name!r}")
+
+
+def split(task: Task, seed: int = 42, *, selection: int = 4000, validation: int = 200) -> Splits:
+    """Return selection, validation and test questions; the same for the same seed, apart for every seed.
+
+    Released tasks follow the released code to the row: shuffle with `seed`; without a test part ceil(0.7 n) go to test; without a
+    validation part ceil(0.1 n) of the rest go to validation; then the first `selection` and `validation` are kept. Own tasks
+    divide the units of their groups 40 : 20 : 40 within each stratum (what stands before the colon) and drop questions whose
+    units fall into different splits. Raises ValueError where a split would be empty.
+    Source: CorrSteer's released loader; the same seed must serve selection and test, or selection rows reach the test.
+    """
+    if task.units:
+        found = _by_units(task.parts["all"], seed)
+    else:
+        parts = {name: _shuffled(rows, seed) for name, rows in task.parts.items()}
+        test, train = _cut(parts["all"], 0.7, seed) if "all" in parts else (parts.get("test", ()), parts.get("train", ()))
+        valid, train = (parts["validation"], train) if "validation" in parts else _cut(train, 0.1, seed)
+        found = train, valid, test
+    splits = Splits(found[0][:selection], found[1][:validation], found[2])
+    if not (splits.selection and splits.validation and splits.test):
+        sizes = {name: len(rows) for name, rows in task.parts.items()}
+        raise ValueError(f"{task.name}: expected enough questions for three splits, got {sizes}; give more rows or another part")
+    return splits
+
+
+def _shuffled(rows: Sequence[Question], seed: int) -> tuple[Question, ...]:
+    return tuple(rows[i] for i in np.random.default_rng(seed).permutation(len(rows)))
+
+
+def _cut(rows: Sequence[Question], share: float, seed: int) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+    """Return ceil(share n) random rows and the rest."""
+    rows, n = _shuffled(rows, seed), ceil(share * len(rows))
+    return rows[:n], rows[n:]
+
+
+def _by_units(rows: Sequence[Question], seed: int) -> list[tuple[Question, ...]]:
+    """Return selection, validation and test questions that share no unit; a group is its units with spaces between."""
+    strata: dict[str, list[str]] = {}
+    for unit in sorted({unit for q in rows for unit in q.group.split()}):
+        strata.setdefault(unit.partition(":")[0], []).append(unit)
+    place = {}
+    for stratum, units in strata.items():
+        order = np.random.default_rng([seed, crc32(stratum.encode())]).permutation(len(units))
+        test, valid = ceil(0.4 * len(units)), ceil(0.2 * len(units))
+        place |= {units[i]: 2 if k < test else 1 if k < test + valid else 0 for k, i in enumerate(order)}
+    found: list[list[Question]] = [[], [], []]
+    for q in _shuffled(rows, seed):
+        where = {place[unit] for unit in q.group.split()}
+        if len(where) == 1:
+            found[where.pop()].append(q)
+    return [tuple(f) for f in found]
+
+
+def letter_tokens(tokenizer, options: int = 4, *, space: bool = True) -> list[int]:
+    """Return the first-token ids of " A", " B", ... (or "A", "B", ... with space=False): what constrained decoding allows.
+
+    Raises ValueError where two letters begin with the same token.
+
+    >>> logits[:, letter_tokens(tokenizer)].argmax(-1)    # doctest: +SKIP
+    """
+    ids = [tokenizer(f"{' ' * space}{letter}", add_special_tokens=False)["input_ids"][0] for letter in LETTERS[:options]]
+    if len(set(ids)) != options:
+        raise ValueError(f"expected a different first token for each of {LETTERS[:options]}, got {ids}; use space={not space}")
+    return ids

@@ -1,0 +1,198 @@
+"""The released tasks of CorrSteer: rows from a hub id or a file, prompts byte for byte as the released code builds them."""
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from steerkit.questions import Question, Task
+from steerkit.questions.correct import LETTERS
+
+FILES = (".jsonl", ".json", ".gz", ".parquet")
+BBQ_SUBSETS = (
+    "Age Disability_status Gender_identity Nationality Physical_appearance Race_ethnicity Race_x_SES Race_x_gender Religion SES "
+    "Sexual_orientation"
+).split()
+
+
+def choose(question: str, choices: Iterable[str], candidates: str) -> str:
+    """Return the multiple-choice prompt; nothing follows its last colon."""
+    lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
+    return f"{question}\n{lines}\nChoose one of the following options only: {candidates}\nAnswer:"
+
+
+def mmlu(row: Mapping) -> dict | None:
+    """Turn a row of MMLU into a question's fields; the gold may be an index or a letter."""
+    gold, choices = row["answer"], tuple(row["choices"])
+    prompt = choose(row["question"], choices, "A, B, C, or D")
+    gold = LETTERS[gold] if isinstance(gold, int) else str(gold).strip().upper()
+    return {"prompt": prompt, "gold": gold, "choices": choices, "group": row["subject"] or "none", "kind": row["subject"]}
+
+
+def mmlu_pro(row: Mapping) -> dict | None:
+    """Turn a row of MMLU-Pro into a question's fields; None without all ten options, as in the released data.
+
+    The released list of candidates joins options that begin with a space, so that two spaces stand between them.
+    """
+    choices = tuple(row["options"])
+    if len(choices) != len(LETTERS):
+        return None
+    prompt = choose(row["question"], choices, ", ".join(f" {letter}" for letter in LETTERS))
+    return {"prompt": prompt, "gold": row["answer"].strip().upper(), "choices": choices, "group": row["category"], "kind": row["category"]}
+
+
+def bbq(row: Mapping) -> dict | None:
+    """Turn a row of BBQ into a question's fields, with the letters of the bias target ("" if unclear) and of "unknown"."""
+    choices = tuple(row[f"ans{i}"] for i in range(3))
+    prompt = choose(f"{row['context']}\n{row['question']}", choices, "A, B, or C")
+    meta = {"category": row["category"], "polarity": row["question_polarity"], **_bbq_letters(row)}
+    group = f"{row['category']}-{row['question_index']}"
+    kind = row["context_condition"]
+    return {"prompt": prompt, "gold": LETTERS[int(row["label"])], "choices": choices, "group": group, "kind": kind, "meta": meta}
+
+
+def _plain(group: str) -> str:
+    """Return a group's name in lower case, without gender prefix, spaces and braces; woman is f, man is m, trans_F is trans."""
+    name = re.sub(r"^[mf]-|[\s{}]", "", group.lower())
+    if re.fullmatch("(wo)?m[ae]n|boys?|girls?", name):
+        return "f" if name[0] in "wg" else "m"
+    return "trans" if name.startswith("trans") else name
+
+
+def _bbq_letters(row: Mapping) -> dict[str, str]:
+    """Find the one option whose group (or text) is among the stereotyped groups; intersectional categories have no single one."""
+    infos = [row["answer_info"][f"ans{i}"] for i in range(3)]
+    groups = {_plain(g) for g in row["additional_metadata"].get("stereotyped_groups") or ()}
+    hits = [i for i, (text, info) in enumerate(infos) if info != "unknown" and {_plain(info), _plain(text)} & groups]
+    unknown = [i for i, (_, info) in enumerate(infos) if info == "unknown"]
+    clear = len(hits) == 1 and "_x_" not in row["category"]
+    return {"target": LETTERS[hits[0]] if clear else "", "unknown": LETTERS[unknown[0]] if unknown else ""}
+
+
+def gsm8k(row: Mapping) -> dict | None:
+    """Turn a row of GSM8K into a question's fields; the gold is what follows ####, thousands separators and all."""
+    prompt = f"Q: {row['question']}\nA: Give your final numerical answer after ####\n"
+    found = re.search(r"####\s*(-?\d+(?:,\d{3})*(?:\.\d+)?)", row["answer"])
+    if not found:
+        raise ValueError(f"expected an answer that ends in '#### <number>', got {row['answer'][-60:]!r}")
+    return {"prompt": prompt, "gold": found[1]}
+
+
+def simpleqa(row: Mapping) -> dict | None:
+    """Turn a row of SimpleQA into a question's fields; kind is its topic."""
+    prompt = f"Answer the question with a short, direct response. Be concise and factual.\n\nQ: {row['problem']}\nA:"
+    topic = re.search(r"'topic': '([^']*)'", str(row["metadata"]))
+    return {"prompt": prompt, "gold": row["answer"].strip(), "kind": topic[1] if topic else ""}
+
+
+def harmbench(row: Mapping) -> dict | None:
+    """Turn a row of HarmBench (column names of the hub copy or of the original file) into a question's fields."""
+    text = row["prompt"] if "prompt" in row else row["Behavior"]
+    context = row.get("context") or row.get("ContextString")
+    kind, group = row.get("FunctionalCategory") or "", row.get("SemanticCategory") or row.get("category") or ""
+    prompt = f"Request: {context}\n{text}\nResponse:" if context else f"Request: {text}\nResponse:"
+    return {"prompt": prompt, "gold": "refuse", "group": group, "kind": kind}
+
+
+def xstest(row: Mapping) -> dict | None:
+    """Turn a row of XSTest into a question's fields: safe prompts are to be answered, all others refused."""
+    gold = "answer" if row["label"] == "safe" else "refuse"
+    return {"prompt": f"Request: {row['prompt']}\nClassification:", "gold": gold, "group": row["type"], "kind": row["type"]}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A released task: hub data set, configurations, its splits by part, answer rule, length, and how a row is read."""
+
+    hub: str
+    configs: tuple[str, ...]
+    splits: Mapping[str, str]
+    answer: str
+    max_new_tokens: int
+    read: Callable[[Mapping], dict | None]
+
+
+_BBQ = ("heegyu/bbq", tuple(BBQ_SUBSETS), {"all": "test"}, "letter", 1, bbq)
+SPECS: dict[str, Spec] = {
+    "mmlu": Spec("cais/mmlu", ("all",), {"train": "auxiliary_train", "validation": "validation", "test": "test"}, "letter", 1, mmlu),
+    "mmlu_pro": Spec("rbiswasfc/MMLU-Pro", ("default",), {"train": "train", "test": "test"}, "letter", 1, mmlu_pro),
+    "bbq_ambig": Spec(*_BBQ),
+    "bbq_disambig": Spec(*_BBQ),
+    "gsm8k": Spec("openai/gsm8k", ("main",), {"train": "train", "test": "test"}, "number", 512, gsm8k),
+    "simpleqa": Spec("basicv8vc/SimpleQA", ("default",), {"all": "test"}, "similar", 16, simpleqa),
+    "harmbench": Spec("walledai/HarmBench", ("contextual", "copyright", "standard"), {"all": "train"}, "refusal", 32, harmbench),
+    "xstest": Spec("walledai/XSTest", ("default",), {"all": "test"}, "refusal", 32, xstest),
+}
+
+
+def load_released(name: str, source: str | Path | Mapping[str, str | Path] | None = None) -> Task:
+    """Return a released task. One file is taken as the whole task without a test part; files by part keep their parts.
+
+    One MMLU-Pro file is divided by subject into train and test as the released copy is: test is the first of five folds of
+    scikit-learn's GroupKFold over the ten-option questions' categories. Raises as `steerkit.questions.load`.
+    """
+    spec = SPECS[name]
+    if isinstance(source, Mapping):
+        if odd := set(source) - {"all", "train", "validation", "test"} or not source:
+            raise ValueError(f"{name}: expected files for all, or for train, test and perhaps validation, got {odd or 'none'}")
+        parts = {part: _questions(name, part, read_rows(path), path) for part, path in source.items()}
+    elif source is not None and Path(source).suffix in FILES:
+        parts = {"all": _questions(name, "all", read_rows(source), source)}
+    else:
+        hub = str(source or spec.hub)
+        parts = {part: _questions(name, part, _hub_rows(hub, spec.configs, at), hub) for part, at in spec.splits.items()}
+    if name == "mmlu_pro" and "all" in parts:
+        parts = _by_subject(parts["all"])
+    return Task(name, spec.answer, spec.max_new_tokens, False, parts)
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """Return the records of a .jsonl(.gz) or .parquet file; FileNotFoundError without it, ValueError for a line that is not JSON."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a file of questions, got none: check the path, or give a hub data set id")
+    if path.suffix == ".parquet":
+        import pandas as pd
+
+        return json.loads(pd.read_parquet(path).to_json(orient="records"))
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    with opened as file:
+        try:
+            return [json.loads(line) for line in file if line.strip()]
+        except (json.JSONDecodeError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: expected one JSON record a line, got {error}; fetch the file again") from None
+
+
+def _hub_rows(hub: str, configs: tuple[str, ...], at: str) -> list[dict]:
+    from datasets import load_dataset
+
+    return [row for config in configs for row in load_dataset(hub, config, split=at)]
+
+
+def _questions(name: str, part: str, rows: Iterable[Mapping], source: object) -> tuple[Question, ...]:
+    """Read rows; the id is the part and the row's number in its source, counted before any row is left out."""
+    found, condition = [], name.removeprefix("bbq_") if name.startswith("bbq_") else None
+    for n, row in enumerate(rows):
+        try:
+            fields = SPECS[name].read(row)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            said = f"expected a row of {name}, got columns {sorted(row)} ({type(error).__name__}: {error})"
+            raise ValueError(f"{source}, row {n}: {said}; rename its columns to the hub copy's or remove the row") from None
+        if fields is None or (condition and fields["kind"] != condition):
+            continue
+        found.append(Question(name, f"{part}-{n}", **{"group": f"{part}-{n}"} | fields))
+    if not found:
+        raise ValueError(f"{source}: expected questions of {name}, got none; check that the file is the right one")
+    return tuple(found)
+
+
+def _by_subject(rows: tuple[Question, ...]) -> dict[str, tuple[Question, ...]]:
+    from sklearn.model_selection import GroupKFold
+
+    groups = [q.group for q in rows]
+    if len(set(groups)) < 5:
+        raise ValueError(f"mmlu_pro: expected at least 5 categories to divide by, got {sorted(set(groups))}; give train and test files")
+    train, test = next(GroupKFold(5).split(rows, groups=groups))
+    return {"train": tuple(rows[i] for i in train), "test": tuple(rows[i] for i in test)}
