@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from steerkit.receipt import Tally
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a next token is drawn; temperature 0 is greedy, top_k 0 and top_p 1 are off. keep_stop: a stop token is part of the text."""
+    """How a next token is drawn; temperature 0 is greedy, top_k 0 and top_p 1 are off.
+
+    keep_stop: a stop token is part of the text. allowed: the only tokens that may be drawn (constrained decoding); () is all.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -25,6 +28,7 @@ class Sampling:
     stop: tuple[int, ...] = ()
     seed: int = 0
     keep_stop: bool = False
+    allowed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
@@ -74,6 +78,9 @@ def draw(
     >>> draw(torch.tensor([[0.0, 9.0]]), torch.tensor([0.5]), Sampling()).tolist()
     [1]
     """
+    if sampling.allowed:
+        some = torch.tensor(sampling.allowed, device=logits.device)
+        return some[draw(logits[:, some], u, replace(sampling, allowed=()), of)]
     if sampling.temperature == 0:
         return logits.argmax(-1)[of]
     if sampling.top_k:

@@ -74,6 +74,7 @@ def generate(
     top_p: float = 1.0,
     stop: Sequence[int] = (),
     keep_stop: bool = False,
+    allowed: Sequence[int] = (),
     window: str = "all",
     skip_first: bool = False,
     seed: int = 0,
@@ -86,6 +87,7 @@ def generate(
 
     Columns: row, prompt (text), arm, scale, sample, text, tokens, changed (positions steered), ratio (mean |delta| / |resid|).
     temperature 0 is greedy; top_k 0 and top_p 1 are off. A token in `stop` ends a text, and belongs to it with keep_stop.
+    allowed: the only tokens that may be drawn, for constrained decoding; all where none is named.
     The noise of a row is keyed by (seed, row, step), so its text does not depend on batch size or order. A batch that does
     not fit in memory is halved. With `out` (a .jsonl file) finished batches are on disk, and the same call after an
     interruption carries on with the next one. "{key}" in the name becomes a hash of what determines the texts, so that
@@ -95,7 +97,7 @@ def generate(
 
     >>> generate(model, tokenizer, ["I think"], grid([vector], [0, 40, 80]), samples=4, out="runs/texts.jsonl")  # doctest: +SKIP
     """
-    sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(stop), seed, keep_stop)
+    sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(stop), seed, keep_stop, tuple(allowed))
     if samples < 1 or batch_size < 1 or not prompts or not arms:
         raise ValueError(
             f"expected at least one prompt, arm, sample and batch row, got {len(prompts)}, {len(arms)}, {samples}, {batch_size}"

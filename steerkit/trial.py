@@ -1,0 +1,153 @@
+"""One CorrSteer trial (arXiv 2508.12535): a selection pass, the methods under comparison, and what each does to the answers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from steerkit import corrsteer
+from steerkit.corrsteer import Pick, SideEffects
+from steerkit.generate import BASELINE, Arm, generate
+from steerkit.nulls import shuffled
+from steerkit.pooled import Pooled
+from steerkit.pooling import pool_generations
+from steerkit.questions import Question, Task
+from steerkit.stats import bootstrap, paired_difference
+
+# name -> (variant, what `rank` is told); the paper's Table 1 in our words, its ablations, and controls.
+RULES = {
+    "CorrSteer-S": ("S", {}),
+    "CorrSteer-P": ("P", {}),
+    "CorrSteer-A": ("A", {}),
+    "mutual information": ("A", {"score": "mi"}),
+    "Fisher ratio": ("A", {"score": "fisher"}),
+    "CAA score": ("A", {"score": "caa"}),
+    "CAA score, own coefficients": ("A", {"score": "caa", "coefficient": "difference"}),
+    "firing-only coefficients": ("A", {"coefficient": "firing"}),
+    "negative, best layer": ("S", {"negative": True}),
+    "negative, all layers": ("A", {"negative": True}),
+}
+CONTROLS = ("random features", "random features, same push", "shuffled labels")
+
+
+def ask(
+    loaded,
+    task: Task,
+    questions: Sequence[Question],
+    arms: Sequence[Arm] = (BASELINE,),
+    *,
+    allowed: Sequence[int] = (),
+    batch_size: int = 64,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Answer every question greedily under every arm, and return a row for each: arm, question, group, kind, text, correct, outcome.
+
+    Steering acts on the last prompt token and all new ones, as released. allowed: constrained decoding. `out` as in `generate`.
+    """
+    stop = {i for i in (loaded.tokenizer.eos_token_id, loaded.tokenizer.pad_token_id) if i is not None}
+    settings = {"temperature": 0.0, "max_new_tokens": task.max_new_tokens, "stop": sorted(stop), "allowed": allowed}
+    settings |= {"window": "last", "chat": task.chat, "batch_size": batch_size, "out": out, "progress": progress}
+    texts = generate(loaded.hf, loaded.tokenizer, [q.prompt for q in questions], arms, **settings)
+    rows = pd.DataFrame({"arm": texts.arm, "question": np.repeat(np.arange(len(questions)), len(arms)), "text": texts.text})
+    rows["group"], rows["kind"] = ([getattr(questions[i], name) for i in rows.question] for name in ("group", "kind"))
+    grades = task.grade(rows.text.tolist(), [questions[i] for i in rows.question])
+    return rows.assign(correct=np.asarray(grades.correct, dtype=int), outcome=list(grades.outcome), grader=grades.grader)
+
+
+def select_on(
+    loaded, task: Task, questions: Sequence[Question], saes: Mapping[int, object], *, site: str = "post", **settings
+) -> tuple[pd.DataFrame, Pooled]:
+    """Return the unsteered answers to the selection questions, graded, and the pooled features of the same pass."""
+    settings = {"max_new_tokens": task.max_new_tokens, "chat": task.chat, "site": site} | settings
+    texts, pooled = pool_generations(loaded.hf, loaded.tokenizer, [q.prompt for q in questions], saes, **settings)
+    grades = task.grade(texts, list(questions))
+    rows = pd.DataFrame({"text": texts, "correct": np.asarray(grades.correct, dtype=int), "outcome": list(grades.outcome)})
+    return rows.assign(kind=[q.kind for q in questions], group=[q.group for q in questions]), pooled
+
+
+def methods(
+    loaded,
+    task: Task,
+    validation: Sequence[Question],
+    pooled: Pooled,
+    y: np.ndarray,
+    saes: Mapping[int, object],
+    *,
+    rules: Sequence[str] = tuple(RULES),
+    controls: Sequence[str] = CONTROLS,
+    site: str = "post",
+    pool: str = "max",
+    min_fired: int = 0,
+    allowed: Sequence[int] = (),
+    seed: int = 0,
+    batch_size: int = 64,
+) -> dict[str, list[Pick]]:
+    """Return the features that each rule and control picks. A rule that finds none picks none, and steers nothing.
+
+    pool: "max" or "mean", for selection and coefficients. Raises ValueError for an unknown rule.
+    """
+    if unknown := (set(rules) - set(RULES)) | (set(controls) - set(CONTROLS)):
+        raise ValueError(f"rules: expected some of {', '.join((*RULES, *CONTROLS))}, got {sorted(unknown)}")
+    y = np.asarray(y, dtype=float)
+    if not 0 < y.sum() < len(y):  # a correlation needs both outcomes
+        return {name: [] for name in (*rules, *controls)}
+    known = {layer: pooled.correlation(layer, y, pool=pool, steer_pool=pool) for layer in pooled.features}
+
+    def validate(picks: list[Pick]) -> float:
+        arms = [corrsteer.arm("steered", picks, saes, site=site)] if picks else [BASELINE]
+        return float(ask(loaded, task, validation, arms, allowed=allowed, batch_size=batch_size, progress=False).correct.mean())
+
+    found = {}
+    for name in rules:
+        variant, how = RULES[name]
+        check = {"validate": validate} if variant == "P" else {}
+        found[name] = corrsteer.select(known, variant=variant, min_fired=min_fired, **check, **how)
+    best = corrsteer.select(known, min_fired=min_fired)
+    for name in controls:
+        if name == "shuffled labels":
+            mixed = shuffled(y, seed=seed)
+            known_mixed = {layer: pooled.correlation(layer, mixed, pool=pool, steer_pool=pool) for layer in pooled.features}
+            found[name] = corrsteer.select(known_mixed, min_fired=min_fired)
+        else:
+            match = best if name.endswith("same push") else ()
+            found[name] = corrsteer.random_features(known, seed=seed, min_fired=min_fired, match=match)
+    return found
+
+
+def arms(picks: Mapping[str, Sequence[Pick]], saes: Mapping[int, object], *, site: str = "post", scale: float = 1.0) -> list[Arm]:
+    """Return an arm for each method that picked something, and the baseline first."""
+    return [BASELINE, *(corrsteer.arm(name, chosen, saes, site=site, scale=scale) for name, chosen in picks.items() if chosen)]
+
+
+def compare(rows: pd.DataFrame, *, reference: str = BASELINE.name, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Return a row an arm: accuracy, its difference from the reference on the same questions, side effects, format errors.
+
+    Intervals draw whole groups (a country, a subject), as questions about one are not independent. Several runs (column
+    `seed`) are pooled, and a group of one run is not that of another.
+    """
+    rows = rows.assign(seed=rows["seed"] if "seed" in rows else 0)
+    base = rows[rows.arm == reference].set_index(["seed", "question"])
+    table = []
+    for name, mine in rows.groupby("arm", sort=False):
+        mine = mine.set_index(["seed", "question"]).loc[base.index]
+        labels = [f"{s}/{g}" for (s, _), g in zip(base.index, base.group)]
+        changed = mine.text.to_numpy() != base.text.to_numpy()
+        before, after = base.correct.to_numpy(), mine.correct.to_numpy()
+        effects = SideEffects(
+            int((changed & (after < before)).sum()), int((changed & (after > before)).sum()), int(changed.sum()), len(base)
+        )
+        table.append(
+            {
+                "method": name,
+                "accuracy": bootstrap(after, groups=labels, n_boot=n_boot, seed=seed),
+                "gain": paired_difference(after, before, groups=labels, n_boot=n_boot, seed=seed),
+                "SER": effects.ratio,
+                "worse": effects.negative,
+                "better": effects.positive,
+                "changed": effects.changed,
+                "format errors": float(mine.outcome.str.startswith("format").mean()),
+            }
+        )
+    return pd.DataFrame(table).set_index("method")

@@ -1,0 +1,137 @@
+"""A CorrSteer trial on a planted model whose right feature is known; fine-tuning; constrained decoding."""
+
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+from steerkit import trial
+from steerkit.decode import Sampling, draw
+from steerkit.finetune import lora, target
+from steerkit.generate import BASELINE, generate
+from steerkit.pooled import Pooled
+from steerkit.questions import Question, Task
+
+
+def loaded_with_letters():
+    """Feature 0 of the SAE after the last block writes "a"."""
+    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
+    row = model.get_output_embeddings().weight.detach()[tok("a", add_special_tokens=False)["input_ids"][0]]
+    with torch.no_grad():
+        sae.W_dec[0] = row / row.norm()
+    return types.SimpleNamespace(hf=model, tokenizer=tok), {2: sae}
+
+
+def task(n=12, new=3):
+    rows = tuple(Question("toy", str(i), f"g:{i // 2}", f"Question {i}?", "a", kind="even" if i % 2 == 0 else "odd") for i in range(n))
+    return Task("toy", "contains", new, False, {"all": rows}), rows
+
+
+def planted_pooled(n=40, seed=0):
+    """Feature 0 fires exactly on successes, feature 5 on failures, feature 7 nearly at random."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 3 == 0
+    z = np.zeros((n, 128), dtype=np.float32)
+    z[:, 0], z[:, 5], z[:, 7] = 200.0 * y, 3.0 * ~y, rng.random(n) + 0.3 * y
+    from scipy.sparse import csr_array
+
+    return Pooled([[1]] * n, np.ones(n, dtype=int), {2: {"max": csr_array(z), "mean": csr_array(z)}}), y.astype(float)
+
+
+def test_the_planted_feature_is_picked_and_its_steering_makes_every_answer_right():
+    loaded, saes = loaded_with_letters()
+    toy, rows = task(new=1)
+    pooled, y = planted_pooled()
+    picks = trial.methods(loaded, toy, rows[:4], pooled, y, saes, batch_size=4)
+    for name in ("CorrSteer-A", "CorrSteer-S", "CorrSteer-P", "mutual information", "CAA score"):
+        assert [(p.layer, p.feature, p.coefficient) for p in picks[name]] == [(2, 0, pytest.approx(200.0))], name
+    assert picks["negative, all layers"][0].feature == 5 and picks["negative, all layers"][0].coefficient <= 0
+    assert picks["random features, same push"][0].feature != 0 and picks["random features, same push"][0].coefficient == pytest.approx(200)
+    answers = trial.ask(loaded, toy, rows, trial.arms(picks, saes), progress=False)
+    assert len(answers) == len(rows) * (1 + sum(bool(p) for p in picks.values()))
+    right = answers.groupby("arm").correct.mean()
+    assert right["CorrSteer-A"] == 1.0 and right["baseline"] < 1.0 and right["random features, same push"] < 1.0
+    table = trial.compare(answers, n_boot=200)
+    assert table.loc["baseline", "gain"].value == 0 and table.loc["baseline", "changed"] == 0
+    assert table.loc["CorrSteer-A", "gain"].value == pytest.approx(1 - right["baseline"])
+    assert table.loc["CorrSteer-A", "worse"] == 0 and table.loc["CorrSteer-A", "SER"] == 0.0
+    assert table.loc["CorrSteer-A", "accuracy"].groups == 6  # questions of one group are drawn together
+
+
+def test_one_outcome_only_picks_nothing_and_wrong_names_are_refused():
+    loaded, saes = loaded_with_letters()
+    toy, rows = task()
+    pooled, _ = planted_pooled()
+    found = trial.methods(loaded, toy, rows, pooled, np.zeros(40), saes, rules=["CorrSteer-A"], controls=["shuffled labels"])
+    assert found == {"CorrSteer-A": [], "shuffled labels": []} and trial.arms(found, saes) == [BASELINE]
+    with pytest.raises(ValueError, match="CorrSteer-Z"):
+        trial.methods(loaded, toy, rows, pooled, np.ones(40), saes, rules=["CorrSteer-Z"])
+
+
+def test_the_selection_pass_equals_plain_generation():
+    loaded, saes = loaded_with_letters()
+    toy, rows = task()
+    answers, pooled = trial.select_on(loaded, toy, rows, saes, progress=False)
+    plain = trial.ask(loaded, toy, rows, progress=False)
+    assert answers.text.tolist() == plain.text.tolist() and answers.correct.tolist() == plain.correct.tolist()
+    assert len(pooled) == len(rows) and answers.kind.tolist() == [q.kind for q in rows]
+
+
+def test_compare_counts_changes_and_pools_seeds_by_group():
+    def run(seed, base, other):
+        arms = [(arm, i, v) for arm, values in (("baseline", base), ("x", other)) for i, v in enumerate(values)]
+        frame = pd.DataFrame(arms, columns=["arm", "question", "correct"]).assign(seed=seed, group="same")
+        return frame.assign(text=frame.correct.astype(str), outcome=np.where(frame.correct, "right", "wrong"))
+
+    both = pd.concat([run(0, [1, 0, 0, 1], [1, 1, 0, 0]), run(1, [0, 0, 1, 1], [1, 1, 1, 1])])
+    found = trial.compare(both, n_boot=200).loc["x"]
+    assert (found.worse, found.better, found.changed) == (1, 3, 4) and found.SER == 0.25
+    assert found.gain.value == pytest.approx(0.25) and found.gain.groups == 2  # one group a run
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_constrained_decoding_draws_only_what_is_allowed_and_in_proportion(temperature):
+    logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(0)).expand(4000, -1)
+    allowed = (3, 17, 8)
+    u = torch.rand(4000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = draw(logits, u, Sampling(temperature=temperature, allowed=allowed))
+    assert set(found.tolist()) <= set(allowed)
+    if temperature == 0:
+        assert found[0] == max(allowed, key=lambda i: logits[0, i])
+    else:
+        share = torch.stack([(found == i).double().mean() for i in allowed])
+        torch.testing.assert_close(share, logits[0, list(allowed)].double().softmax(0), atol=0.03, rtol=0)
+
+
+def test_constrained_generation_of_a_letter():
+    model, tok = tiny.model("llama"), tiny.tokenizer()
+    ids = [tok(c, add_special_tokens=False)["input_ids"][0] for c in "ABCD"]
+    texts = generate(model, tok, ["One?", "Two?", "A longer one?"], temperature=0.0, max_new_tokens=1, allowed=ids, progress=False)
+    assert set(texts.text) <= set("ABCD")
+
+
+def test_lora_learns_the_answers_and_leaves_the_model_alone():
+    model, tok = tiny.model("llama"), tiny.tokenizer()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    toy, rows = task()
+    tuned = lora(model, tok, rows, lr=2e-2, epochs=20, batch_size=4, progress=False)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert {type(m).__module__ for m in tuned.modules()} == {type(m).__module__ for m in model.modules()}  # merged: no adapter is left
+    stop = types.SimpleNamespace(hf=tuned, tokenizer=tok)
+    assert (
+        trial.ask(stop, toy, rows, progress=False).correct.mean()
+        > 0.9
+        > trial.ask(types.SimpleNamespace(hf=model, tokenizer=tok), toy, rows, progress=False).correct.mean()
+    )
+    again = lora(model, tok, rows, lr=2e-2, epochs=1, batch_size=4, progress=False)
+    twice = lora(model, tok, rows, lr=2e-2, epochs=1, batch_size=4, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), twice.parameters()))
+    with pytest.raises(ValueError, match="at least one question"):
+        lora(model, tok, [])
+
+
+def test_what_is_learned():
+    assert target(Question("t", "1", "g", "Answer:", "B")) == " B" and target(Question("t", "1", "g", "Q\n", "Paris | Lutetia")) == "Paris"
