@@ -17,16 +17,16 @@ from steerkit.questions import Question, Task
 
 
 def loaded_with_letters():
-    """Feature 0 of the SAE after the last block writes "a"."""
+    """Feature 0 of the SAE after the last block writes "k"."""
     model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
-    row = model.get_output_embeddings().weight.detach()[tok("a", add_special_tokens=False)["input_ids"][0]]
+    row = model.get_output_embeddings().weight.detach()[tok("k", add_special_tokens=False)["input_ids"][0]]
     with torch.no_grad():
         sae.W_dec[0] = row / row.norm()
     return types.SimpleNamespace(hf=model, tokenizer=tok), {2: sae}
 
 
 def task(n=12, new=3):
-    rows = tuple(Question("toy", str(i), f"g:{i // 2}", f"Question {i}?", "a", kind="even" if i % 2 == 0 else "odd") for i in range(n))
+    rows = tuple(Question("toy", str(i), f"g:{i // 2}", f"Question {i}?", "k", kind="even" if i % 2 == 0 else "odd") for i in range(n))
     return Task("toy", "contains", new, False, {"all": rows}), rows
 
 
