@@ -1,6 +1,7 @@
 """One CorrSteer trial (arXiv 2508.12535): a selection pass, the methods under comparison, and what each does to the answers."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from steerkit.generate import BASELINE, Arm, generate
 from steerkit.nulls import shuffled
 from steerkit.pooled import Pooled
 from steerkit.pooling import pool_generations
-from steerkit.questions import Question, Task
+from steerkit.questions import Question, Task, split
 from steerkit.stats import bootstrap, paired_difference
 
 # name -> (variant, what `rank` is told); the paper's Table 1 in our words, its ablations, and controls.
@@ -29,6 +30,66 @@ RULES = {
     "negative, all layers": ("A", {"negative": True}),
 }
 CONTROLS = ("random features", "random features, same push", "shuffled labels")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one run on one task and seed found. y: the outcomes of the selection questions; answers: of the test questions."""
+
+    task: Task
+    seed: int
+    kinds: tuple[str, ...]
+    selection: pd.DataFrame
+    pooled: Pooled
+    picks: dict[str, list[Pick]]
+    test: tuple[Question, ...]
+    answers: pd.DataFrame
+
+    @property
+    def y(self) -> np.ndarray:
+        """Outcomes of the selection questions, 0 or 1."""
+        return self.selection.correct.to_numpy()
+
+
+def run(
+    loaded,
+    task: Task,
+    saes: Mapping[int, object],
+    *,
+    seed: int = 0,
+    n_selection: int = 4000,
+    n_validation: int = 200,
+    n_test: int = 1000,
+    within: tuple[float, float] = (0.2, 0.8),
+    site: str = "post",
+    extra: Sequence[Arm] = (),
+    allowed: Sequence[int] = (),
+    batch_size: int = 64,
+    out: str | Path | None = None,
+    progress: bool = True,
+    **rules,
+) -> Trial:
+    """Select on one part of a task's questions, and answer the test part without steering and with every method.
+
+    within: kinds of questions whose unsteered accuracy on the selection part lies outside are left out everywhere, before
+    anything is steered; where no kind is left all stay. allowed: constrained decoding of the test answers (the selection pass
+    is free, as released). extra: further arms. `rules` as in `methods`. With `out`, a folder, passes resume.
+    """
+    parts = split(task, seed, selection=n_selection, validation=n_validation)
+    folder = {"out": Path(out) / f"{task.name}-select-{{key}}"} if out else {}
+    settings = {"batch_size": batch_size, "progress": progress}
+    first, pooled = select_on(loaded, task, parts.selection, saes, site=site, **folder, **settings)
+    by_kind = first.groupby("kind").correct.mean()
+    kinds = tuple(by_kind.index[by_kind.between(*within)]) or tuple(by_kind.index)
+    kept = np.flatnonzero(first.kind.isin(kinds))
+    first, pooled = first.iloc[kept].reset_index(drop=True), pooled.take(kept)
+    valid, test = ([q for q in part if q.kind in kinds] for part in (parts.validation, parts.test))
+    how = {"site": site, "allowed": allowed, "seed": seed, "batch_size": batch_size} | rules
+    picks = methods(loaded, task, valid, pooled, first.correct.to_numpy(), saes, **how)
+    journal = Path(out) / f"{task.name}-{{key}}.jsonl" if out else None
+    asked = [*arms(picks, saes, site=site), *extra]
+    answers = ask(loaded, task, test[:n_test], asked, allowed=allowed, out=journal, **settings)
+    return Trial(task, seed, kinds, first, pooled, picks, tuple(test[:n_test]), answers.assign(task=task.name, seed=seed))
 
 
 def ask(

@@ -80,6 +80,23 @@ def test_the_selection_pass_equals_plain_generation():
     assert len(pooled) == len(rows) and answers.kind.tolist() == [q.kind for q in rows]
 
 
+def test_a_run_keeps_parts_apart_leaves_out_kinds_and_resumes(tmp_path):
+    loaded, saes = loaded_with_letters()
+    plain = trial.ask(loaded, task(60, new=1)[0], task(60, new=1)[1], progress=False).text
+    gold = [plain[i] if i % 4 == 0 and plain[i].isalpha() else "zzz" for i in range(60)]
+    kind = ["known" if i % 2 == 0 else "never" for i in range(60)]  # known: the model's own letter is right every other time
+    rows = tuple(Question("toy", str(i), f"g:{i}", f"Question {i}?", gold[i], kind=kind[i]) for i in range(60))
+    toy = Task("toy", "contains", 1, False, {"all": rows}, units=True)
+    found = trial.run(loaded, toy, saes, seed=3, n_test=10, within=(0.05, 0.95), out=tmp_path, progress=False, batch_size=8)
+    assert found.kinds == ("known",) and {q.kind for q in found.test} == {"known"}
+    assert not {q.group for q in found.test} & set(found.selection.group)
+    assert len(found.pooled) == len(found.selection) == len(found.y) and set(found.answers.seed) == {3}
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    again = trial.run(loaded, toy, saes, seed=3, n_test=10, within=(0.05, 0.95), out=tmp_path, progress=False, batch_size=8)
+    pd.testing.assert_frame_equal(found.answers, again.answers)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 def test_compare_counts_changes_and_pools_seeds_by_group():
     def run(seed, base, other):
         arms = [(arm, i, v) for arm, values in (("baseline", base), ("x", other)) for i, v in enumerate(values)]
