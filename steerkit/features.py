@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from steerkit.hooks import residual_blocks
+from steerkit.packed import packed_linears
 
 
 class _Stop(Exception):
@@ -137,15 +138,21 @@ def separating(
     return gap.topk(min(k, len(gap))).indices
 
 
-@torch.inference_mode()
-def logit_lens(model: nn.Module, tokenizer, direction: Float[Tensor, " d_model"], *, k: int = 10) -> list[tuple[str, float]]:
-    """Return the k tokens that a direction raises most: lm_head(final_norm(direction)) (output scores, eqs. 3-4).
+def lens_logits(model: nn.Module, directions: Float[Tensor, "n d_model"], *, chunk: int = 512) -> Iterator[Float[Tensor, "some vocab"]]:
+    """Yield lm_head(final_norm(direction)) of all directions, `chunk` at a time (output scores, arXiv 2505.20063, eqs. 3-4).
 
     The model's final norm is applied and no soft cap, as in the released code.
     """
     norm = next(m for name, m in model.base_model.named_children() if name in ("norm", "ln_f", "final_layer_norm"))
-    logits = model.get_output_embeddings()(norm(direction.to(model.device, model.dtype)[None]))[0].float()
-    top = logits.topk(k)
+    with packed_linears(model):
+        for part in directions.split(chunk):
+            yield model.get_output_embeddings()(norm(part.to(model.device, model.dtype))).float()
+
+
+@torch.inference_mode()
+def logit_lens(model: nn.Module, tokenizer, direction: Float[Tensor, " d_model"], *, k: int = 10) -> list[tuple[str, float]]:
+    """Return the k tokens that a direction raises most, with their logits (`lens_logits`)."""
+    top = next(lens_logits(model, direction[None]))[0].topk(k)
     return [(tokenizer.decode([i]), float(v)) for i, v in zip(top.indices.tolist(), top.values)]
 
 

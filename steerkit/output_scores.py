@@ -4,7 +4,7 @@ Arad, Mueller, Belinkov (arXiv 2505.20063), sections 2.2 and 3.2. All features o
 values, and the residual stream that they are added to; so only the blocks above the layer run, on a batch of features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from steerkit.features import residuals
+from steerkit.features import lens_logits, residuals
 from steerkit.generate import prompt_ids
 from steerkit.packed import packed_linears
 from steerkit.partial import starting_from
@@ -46,7 +46,7 @@ def lens_tokens(model: nn.Module, directions: Float[Tensor, "n d_model"], *, k: 
     >>> lens_tokens(model, sae.W_dec[:8]).shape      # doctest: +SKIP
     torch.Size([8, 20])
     """
-    return torch.cat([logits.topk(k).indices.cpu() for logits in _lens(model, directions, chunk)])
+    return torch.cat([logits.topk(k).indices.cpu() for logits in lens_logits(model, directions, chunk=chunk)])
 
 
 @torch.inference_mode()
@@ -54,15 +54,8 @@ def lens_rank(
     model: nn.Module, directions: Float[Tensor, "n d_model"], tokens: Int[Tensor, " n"], *, chunk: int = 512
 ) -> Int[Tensor, " n"]:
     """Return the rank of one token in the lens of each direction, 0 for the token that it raises most."""
-    parts = zip(_lens(model, directions, chunk), tokens.split(chunk))
+    parts = zip(lens_logits(model, directions, chunk=chunk), tokens.split(chunk))
     return torch.cat([(logits > logits.gather(1, mine[:, None].to(logits.device))).sum(1).cpu() for logits, mine in parts])
-
-
-def _lens(model: nn.Module, directions: Float[Tensor, "n d_model"], chunk: int) -> Iterator[Float[Tensor, "some vocab"]]:
-    norm = next(m for name, m in model.base_model.named_children() if name in ("norm", "ln_f", "final_layer_norm"))
-    with packed_linears(model):
-        for part in directions.split(chunk):
-            yield model.get_output_embeddings()(norm(part.to(model.device, model.dtype))).float()
 
 
 def rank_weighted(

@@ -227,6 +227,17 @@ def test_packed_linears_agree_with_torch_and_leave_the_model_as_it_was(dtype, ne
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
+def test_packed_linears_may_be_nested():
+    model, ids = tiny.model("llama"), torch.randint(5, 200, (2, 5), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        with packed_linears(model):
+            outer = model(input_ids=ids).logits
+            with packed_linears(model):
+                inner = model(input_ids=ids).logits
+            assert torch.equal(inner, outer) and torch.equal(model(input_ids=ids).logits, outer)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 def test_stack_gives_each_row_its_own_edit():
     edits = stack(arms())
     resid = torch.randn(6, 1, D)
