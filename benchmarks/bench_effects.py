@@ -8,9 +8,8 @@ from bench_generate import device_line, rates_by_round, write_table
 
 from steerkit import models
 from steerkit.approximator import agreement, fit_adam, fit_ridge
-from steerkit.effects import PROMPTS, Scheme, load, text_features
+from steerkit.effects import PROMPTS, Scheme, load, text_features, training_vectors
 from steerkit.features import residuals
-from steerkit.measure_effects import training_vectors
 from steerkit.paths import DATA
 
 

@@ -7,7 +7,6 @@ import torch
 from bench_generate import device_line, rates_by_round, write_table
 
 from steerkit import models
-from steerkit.features import residuals
 from steerkit.generate import prompt_ids
 from steerkit.hooks import residual_blocks
 from steerkit.output_scores import PROMPT, lens_tokens, output_scores
@@ -98,7 +97,6 @@ def _agreement(loaded, layer: int) -> str:
     lens = lens_tokens(loaded.hf, sae.W_dec[:16])
     found = output_scores(loaded.hf, loaded.tokenizer, sae, range(16), layer=layer, lens=lens)
     ids = torch.tensor([prompt_ids(loaded.tokenizer, PROMPT)], device=loaded.hf.device)
-    residuals(loaded.hf, ids, layers=[layer])
     for i in range(16):
         with torch.inference_mode(), steering(loaded.hf, Boost(layer, sae, i, 10.0), window="last", record=False):
             logits = loaded.hf(input_ids=ids).logits[:, -1].float()

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from steerkit.generate import BASELINE, Journal, generate, grid
+from steerkit.generate import BASELINE, generate, grid
+from steerkit.journal import score_texts
 from steerkit.judges.coherence import coherence_judge
 from steerkit.judges.concept import concept_judge
 from steerkit.paths import write_table
-from steerkit.progress import bar
 from steerkit.stats import Interval, clean
 from steerkit.vectors import SteeringVector
 
@@ -58,8 +58,10 @@ def sweep(
     settings = {"samples": protocol.samples, "max_new_tokens": protocol.max_new_tokens, "top_k": protocol.top_k, "top_p": protocol.top_p}
     settings |= {"seed": protocol.seed, "stop": [loaded.tokenizer.eos_token_id], "batch_size": batch_size}
     texts = generate(loaded.hf, loaded.tokenizer, list(protocol.prompts), arms, out=out, progress=progress, **settings)
-    distinct = texts[["prompt", "text"]].drop_duplicates()
-    texts = texts.merge(distinct.assign(coherence=_coherence(loaded, distinct, out, progress)), on=["prompt", "text"])
+    judge = coherence_judge(loaded.hf, loaded.tokenizer)
+    score = lambda part: {"coherence": judge(part.text.tolist(), part.prompt.tolist())}  # noqa: E731
+    judged = score_texts(texts[["prompt", "text"]].drop_duplicates(), score, name="judged", out=out, progress=progress)
+    texts = texts.merge(judged, on=["prompt", "text"])
     rows = []
     for topic in by_topic:
         mine = texts[texts.arm.str.startswith((f"{topic}/", "/")) | (texts.arm == BASELINE.name)]
@@ -68,18 +70,6 @@ def sweep(
         rows.append(mine.assign(topic=topic, method=mine.arm.str.split("/").str[-1], behaviour=mine.text.map(behaviour)))
     columns = ["topic", "method", "scale", "prompt", "sample", "text", "behaviour", "coherence"]
     return pd.concat(rows)[columns].sort_values(columns[:5], ignore_index=True)
-
-
-def _coherence(loaded, distinct: pd.DataFrame, out: str | Path | None, progress: bool, *, part: int = 1024) -> list[float]:
-    """Return the coherence of each (prompt, text), part by part; with `out` finished parts are kept beside the texts."""
-    judge, key = coherence_judge(loaded.hf, loaded.tokenizer), str(pd.util.hash_pandas_object(distinct, index=False).sum())
-    journal = Journal(str(out).replace("{key}", f"judged-{key}") if out and "{key}" in str(out) else None, key)
-    parts = [range(at, min(at + part, len(distinct))) for at in range(0, len(distinct), part)]
-    for rows in bar([rows for rows in parts if not journal.has(rows)], "judge", "part", show=progress):
-        some = distinct.iloc[list(rows)]
-        scores = judge(some.text.tolist(), some.prompt.tolist())
-        journal.write([{"row": r, "coherence": float(score)} for r, score in zip(rows, scores)])
-    return [journal.rows[r]["coherence"] for r in range(len(distinct))]
 
 
 def product(both: Float[np.ndarray, "n 2"], *, n_boot: int = 1000, seed: int = 0) -> dict[str, Interval]:

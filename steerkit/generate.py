@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from steerkit.decode import Sampling, decode
 from steerkit.hooks import Ablate, Add, Boost, Edit, check_edits
+from steerkit.journal import Journal
 from steerkit.progress import bar
 
 
@@ -106,7 +107,7 @@ def generate(
     ids = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
     plan = [(p, a, s) for p in range(len(prompts)) for a in range(len(arms)) for s in range(samples)]
     order = sorted(range(len(plan)), key=lambda r: (len(ids[plan[r][0]]), r))  # rows of like length share a batch
-    key = _key(model, ids, arms, samples, sampling, window, skip_first)
+    key = run_key(model, ids, arms, samples, sampling, window, skip_first)
     journal = Journal(str(out).replace("{key}", key) if out else None, key)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     for batch in bar([b for b in batches if not journal.has(b)], "generate", "batch", show=progress):
@@ -125,6 +126,11 @@ def generate(
             ]
         )
     return pd.DataFrame([journal.rows[r] for r in range(len(plan))])
+
+
+def stop_tokens(tokenizer) -> list[int]:
+    """Return the tokens that end a text: the tokenizer's end and pad tokens, where it has them."""
+    return sorted({i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None})
 
 
 def prompt_ids(tokenizer, prompt: str, *, chat: bool = False) -> list[int]:
@@ -152,7 +158,7 @@ def _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_fi
             pad=tokenizer.pad_token_id or 0,
         )
     except (RuntimeError, MemoryError) as error:
-        if len(batch) == 1 or not _out_of_memory(error):
+        if len(batch) == 1 or not out_of_memory(error):
             raise
         torch.cuda.empty_cache()
         half = len(batch) // 2
@@ -163,52 +169,12 @@ def _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_fi
     ]
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     """Tell a lack of memory from other errors: torch has no exception of its own for it on the CPU."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-class Journal:
-    """Finished rows in a .jsonl file: a first line with the key of the run, then one row a line; a torn last line is dropped."""
-
-    def __init__(self, path: str | Path | None, key: str):
-        self.rows: dict[int, dict] = {}
-        self.path = Path(path) if path else None
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        good = 0
-        for n, line in enumerate(lines):
-            if not line.endswith(b"\n"):
-                break
-            record = json.loads(line)
-            if n == 0 and record.get("key") != key:
-                raise ValueError(
-                    f"{self.path} holds another run (key {record.get('key')}, this one is {key}): delete it or choose another `out`"
-                )
-            if n:
-                self.rows[record["row"]] = record
-            good += len(line)
-        with self.path.open("ab") as file:
-            file.truncate(good)
-            if not good:
-                file.write(json.dumps({"key": key}).encode() + b"\n")
-
-    def has(self, batch: Iterable[int]) -> bool:
-        """Tell whether all rows of a batch are done."""
-        return all(r in self.rows for r in batch)
-
-    def write(self, rows: list[dict]) -> None:
-        """Append the rows of a batch in one write, so that an interruption leaves whole batches."""
-        self.rows.update({row["row"]: row for row in rows})
-        if self.path is not None:
-            with self.path.open("ab") as file:
-                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-                file.flush()
-
-
-def _key(model: nn.Module, ids, arms: Sequence[Arm], samples: int, sampling: Sampling, window: str, skip_first: bool) -> str:
+def run_key(model: nn.Module, ids, arms: Sequence[Arm], samples: int, sampling: Sampling, window: str, skip_first: bool) -> str:
     """Hash what determines the texts: weights' fingerprint, prompts, edits and settings."""
     digest = hashlib.sha256(json.dumps([ids, samples, repr(sampling), window, skip_first]).encode())
     for parameter in model.parameters():  # one row each: cheap, and another model or precision shows

@@ -8,34 +8,14 @@ import torch
 from jaxtyping import Bool, Float
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from steerkit.approximator import budget
 from steerkit.calibration import calibrate, calibration_rows
-from steerkit.effects import Effects, Scheme, measure, save, unsteered
+from steerkit.effects import Effects, Scheme, measure, save, training_vectors, unsteered
 from steerkit.models import load_model, preset
 from steerkit.paths import resolve, write_atomic
 from steerkit.saes import load_sae
-
-
-def training_vectors(W_dec: Float[Tensor, "d_sae d_model"], *, n_held: int = 256, seed: int = 0) -> tuple[Tensor, Bool[Tensor, " n"]]:
-    """Return unit vectors to measure, [2 d_sae, d_model], and which of them are held out, never to be fitted on.
-
-    Every decoder row once, and as many sums of two rows: steering directions that are not themselves rows. First come the
-    held-out ones, n_held rows and n_held sums of such rows; then rows and sums by turns, none of which holds a held-out row.
-    """
-    rows = nn.functional.normalize(W_dec.detach().float(), dim=1)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(rows), generator=generator)
-    out = []
-    for part in (order[:n_held], order[n_held:]):
-        partner = part.roll(1)[torch.randperm(len(part), generator=generator)]
-        partner = torch.where(partner == part, part.roll(1), partner)
-        sums = nn.functional.normalize(rows[part] + rows[partner], dim=1)
-        out.append(torch.stack([rows[part], sums], 1).flatten(0, 1))
-    held = torch.zeros(2 * len(rows), dtype=torch.bool)
-    held[: 2 * n_held] = True
-    return torch.cat(out), held
 
 
 def main(argv: list[str] | None = None) -> None:

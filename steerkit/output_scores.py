@@ -119,12 +119,12 @@ def output_scores(
         a_max = float(acts.max())
         start = x if keep_error else sae.decode(acts[None])[0].to(x)
         plain = above.logits(x[None]).float()
-        calm = _unsteered(plain[0], lens.to(x.device)).cpu()
+        calm, sure = _unsteered(plain[0], lens.to(x.device)).cpu(), token_confidence(plain, k=k)
         found = []
         for part, tokens in zip(features.split(batch_size), lens.split(batch_size)):
             push = factor * a_max * sae.W_dec[part.to(x.device)].to(x)
             logits = above.logits(start + push).float()
-            confidence = (token_confidence(logits, k=k) - token_confidence(plain, k=k)).abs()
+            confidence = (token_confidence(logits, k=k) - sure).abs()
             found.append([t.cpu() for t in (*rank_weighted(logits, tokens.to(x.device)), confidence)])
     score, p, rank, confidence = (torch.cat(column) for column in zip(*found)) if found else (torch.zeros(0),) * 4
     return OutputScores(features, score - calm if subtract else score, p, rank.long(), calm, confidence, a_max)

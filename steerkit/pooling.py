@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from steerkit.decode import Sampling, Watch, decode
-from steerkit.generate import BASELINE, _key, _out_of_memory, prompt_ids
+from steerkit.generate import BASELINE, out_of_memory, prompt_ids, run_key, stop_tokens
 from steerkit.hooks import residual_blocks
 from steerkit.pooled import Pooled
 from steerkit.progress import bar
@@ -118,14 +118,13 @@ def pool_generations(
         raise ValueError(f"expected at least one prompt, SAE and batch row, got {len(prompts)}, {len(saes)}, {batch_size}")
     if bad := [layer for layer in saes if not 0 <= layer < len(residual_blocks(model))]:
         raise ValueError(f"saes: expected layers 0 to {len(residual_blocks(model)) - 1} for this model, got {bad}")
-    if stop is None:
-        stop = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]
+    stop = stop_tokens(tokenizer) if stop is None else stop
     min_window = int(max_new_tokens == 1) if min_window is None else min_window
     sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, stop=tuple(sorted(set(stop))))
     ids = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda r: (len(ids[r]), r))  # rows of like length share a batch
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    key = _run_key(_key(model, ids, [BASELINE], 1, sampling, "all", False), saes, site, min_window, batch_size)
+    key = _pass_key(run_key(model, ids, [BASELINE], 1, sampling, "all", False), saes, site, min_window, batch_size)
     folder = Path(str(out).replace("{key}", key)) if out else None
     parts = []
     for number, batch in enumerate(bar(batches, "pool", "batch", show=progress)):
@@ -148,14 +147,14 @@ def _batch(model, ids: list[list[int]], saes, sampling: Sampling, site: str, min
         done = decode(model, ids, [], rows=range(len(ids)), arm=same, shared=same, sampling=sampling, pad=pad, watch=pooler.watch)
         return pooler.pooled([d.tokens for d in done])
     except (RuntimeError, MemoryError) as error:
-        if len(ids) == 1 or not _out_of_memory(error):
+        if len(ids) == 1 or not out_of_memory(error):
             raise
         torch.cuda.empty_cache()
         half = len(ids) // 2
         return Pooled.join([_batch(model, part, saes, sampling, site, min_window, pad) for part in (ids[:half], ids[half:])])
 
 
-def _run_key(key: str, saes: Mapping[int, object], *settings) -> str:
+def _pass_key(key: str, saes: Mapping[int, object], *settings) -> str:
     digest = hashlib.sha256(f"{key}{settings}".encode())
     for layer, sae in sorted(saes.items()):
         digest.update(f"{layer}{type(sae).__name__}{tuple(sae.W_dec.shape)}".encode())

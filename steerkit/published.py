@@ -8,8 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerkit.approximator import Approximator, fit_adam, fit_ridge
-from steerkit.effects import Effects, load
-from steerkit.measure_effects import training_vectors
+from steerkit.effects import Effects, load, training_vectors
 from steerkit.paths import resolve
 from steerkit.presets import Preset
 from steerkit.saes import explain

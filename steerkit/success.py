@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steerkit.generate import Arm, generate
 from steerkit.hooks import Boost
+from steerkit.journal import score_texts
 from steerkit.judges.coherence import token_losses
 
 FACTORS = (0.2, 0.4, 0.8, 1.2, 1.6, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 20.0)
@@ -35,7 +36,8 @@ def hits(tokens: Sequence[int], lens: Sequence[int], *, k: int = 20) -> int:
     >>> hits([5, 7, 5, 9], [5, 9], k=1), hits([5, 7, 5, 9], [5, 9], k=2)
     (2, 3)
     """
-    return sum(t in set(lens[:k]) for t in tokens)
+    wanted = set(lens[:k])
+    return sum(t in wanted for t in tokens)
 
 
 def period_tokens(tokenizer) -> list[int]:
@@ -66,37 +68,25 @@ def sweep(
     """
     tables = []
     stop = [*period_tokens(loaded.tokenizer), loaded.tokenizer.eos_token_id]
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "stop": stop, "keep_stop": True}
+    settings |= {"window": "last", "seed": seed, "batch_size": batch_size, "progress": progress}
+    prompt_ids = {p: loaded.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts}
+
+    def losses(part: pd.DataFrame) -> dict[str, list]:
+        nats = token_losses(loaded.hf, loaded.tokenizer, [prompt_ids[p] + t for p, t in zip(part.prompt, part.tokens)])
+        return {"loss": [float(row.sum()) for row in nats], "read": [len(row) for row in nats]}
+
     for layer, chosen in features.items():
         sae = loaded.sae(layer)
         arms = [Arm(str(f), (Boost(layer, sae, int(f), float(s)),), float(s)) for f in chosen for s in factors]
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "stop": stop, "keep_stop": True}
         path = Path(out) / f"layer-{layer}-{{key}}.jsonl" if out else None
-        texts = generate(
-            loaded.hf, loaded.tokenizer, list(prompts), arms, window="last", out=path, seed=seed, batch_size=batch_size,
-            progress=progress, **sampling,
-        )  # fmt: skip
+        texts = generate(loaded.hf, loaded.tokenizer, list(prompts), arms, out=path, **settings)
         of = dict(zip(map(str, chosen), lens[layer].tolist()))
         counts = {f"at{k}": [hits(t, of[a], k=k) for t, a in zip(texts.tokens, texts.arm)] for k in (1, 5, 20)}
-        nats = _losses(loaded, texts, path, progress)
+        nats = score_texts(texts[["prompt", "text", "tokens"]], losses, name="losses", out=path, progress=progress)
         table = texts[["prompt", "text"]].assign(layer=layer, feature=texts.arm.astype(int), factor=texts.scale, **counts)
-        tables.append(table.assign(loss=[total for total, _ in nats], tokens=[n for _, n in nats]))
+        tables.append(table.assign(loss=nats.loss, tokens=nats.read))
     return pd.concat(tables, ignore_index=True)
-
-
-def _losses(loaded, texts: pd.DataFrame, path: Path | None, progress: bool) -> list[tuple[float, int]]:
-    """Return (summed loss, tokens) of each prompt and text under the unsteered model; kept beside the texts."""
-    from steerkit.generate import Journal
-    from steerkit.progress import bar
-
-    prompt_ids = {p: list(loaded.tokenizer(p, add_special_tokens=False)["input_ids"]) for p in texts.prompt.unique()}
-    rows = [prompt_ids[p] + list(t) for p, t in zip(texts.prompt, texts.tokens)]
-    key = str(pd.util.hash_pandas_object(texts[["prompt", "text"]], index=False).sum())
-    journal = Journal(str(path).replace("{key}", f"losses-{key}") if path else None, key)
-    parts = [range(at, min(at + 2048, len(rows))) for at in range(0, len(rows), 2048)]
-    for part in bar([p for p in parts if not journal.has(p)], "perplexity", "part", show=progress):
-        found = token_losses(loaded.hf, loaded.tokenizer, [rows[r] for r in part])
-        journal.write([{"row": r, "loss": float(nats.sum()), "tokens": len(nats)} for r, nats in zip(part, found)])
-    return [(journal.rows[r]["loss"], journal.rows[r]["tokens"]) for r in range(len(rows))]
 
 
 def by_factor(texts: pd.DataFrame, *, at: str = "at20") -> pd.DataFrame:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from steerkit import corrsteer
-from steerkit.corrsteer import Pick, SideEffects
-from steerkit.generate import BASELINE, Arm, generate
+from steerkit.corrsteer import Pick, ser
+from steerkit.generate import BASELINE, Arm, generate, stop_tokens
 from steerkit.nulls import shuffled
 from steerkit.pooled import Pooled
 from steerkit.pooling import pool_generations
@@ -63,7 +63,6 @@ def run(
     n_test: int = 1000,
     within: tuple[float, float] = (0.2, 0.8),
     site: str = "post",
-    extra: Sequence[Arm] = (),
     allowed: Sequence[int] = (),
     batch_size: int = 64,
     out: str | Path | None = None,
@@ -74,7 +73,7 @@ def run(
 
     within: kinds of questions whose unsteered accuracy on the selection part lies outside are left out everywhere, before
     anything is steered; where no kind is left all stay. allowed: constrained decoding of the test answers (the selection pass
-    is free, as released). extra: further arms. `rules` as in `methods`. With `out`, a folder, passes resume.
+    is free, as released). `rules` as in `methods`. With `out`, a folder, passes resume.
     """
     parts = split(task, seed, selection=n_selection, validation=n_validation)
     folder = {"out": Path(out) / f"{task.name}-select-{{key}}"} if out else {}
@@ -88,8 +87,7 @@ def run(
     how = {"site": site, "allowed": allowed, "seed": seed, "batch_size": batch_size} | rules
     picks = methods(loaded, task, valid, pooled, first.correct.to_numpy(), saes, **how)
     journal = Path(out) / f"{task.name}-{{key}}.jsonl" if out else None
-    asked = [*arms(picks, saes, site=site), *extra]
-    answers = ask(loaded, task, test[:n_test], asked, allowed=allowed, out=journal, **settings)
+    answers = ask(loaded, task, test[:n_test], arms(picks, saes, site=site), allowed=allowed, out=journal, **settings)
     return Trial(task, seed, kinds, first, pooled, picks, tuple(test[:n_test]), answers.assign(task=task.name, seed=seed))
 
 
@@ -108,14 +106,19 @@ def ask(
 
     Steering acts on the last prompt token and all new ones, as released. allowed: constrained decoding. `out` as in `generate`.
     """
-    stop = {i for i in (loaded.tokenizer.eos_token_id, loaded.tokenizer.pad_token_id) if i is not None}
-    settings = {"temperature": 0.0, "max_new_tokens": task.max_new_tokens, "stop": sorted(stop), "allowed": allowed}
+    settings = {"temperature": 0.0, "max_new_tokens": task.max_new_tokens, "stop": stop_tokens(loaded.tokenizer), "allowed": allowed}
     settings |= {"window": "last", "chat": task.chat, "batch_size": batch_size, "out": out, "progress": progress}
     texts = generate(loaded.hf, loaded.tokenizer, [q.prompt for q in questions], arms, **settings)
-    rows = pd.DataFrame({"arm": texts.arm, "question": np.repeat(np.arange(len(questions)), len(arms)), "text": texts.text})
-    rows["group"], rows["kind"] = ([getattr(questions[i], name) for i in rows.question] for name in ("group", "kind"))
-    grades = task.grade(rows.text.tolist(), [questions[i] for i in rows.question])
-    return rows.assign(correct=np.asarray(grades.correct, dtype=int), outcome=list(grades.outcome), grader=grades.grader)
+    asked = np.repeat(np.arange(len(questions)), len(arms))
+    rows, grader = _graded(task, texts.text.tolist(), [questions[q] for q in asked])
+    return rows.assign(arm=texts.arm, question=asked, grader=grader)
+
+
+def _graded(task: Task, texts: list[str], questions: Sequence[Question]) -> tuple[pd.DataFrame, str]:
+    """Return a row an answer, and who graded them."""
+    grades = task.grade(texts, questions)
+    rows = pd.DataFrame({"text": texts, "group": [q.group for q in questions], "kind": [q.kind for q in questions]})
+    return rows.assign(correct=np.asarray(grades.correct, dtype=int), outcome=list(grades.outcome)), grades.grader
 
 
 def select_on(
@@ -124,9 +127,7 @@ def select_on(
     """Return the unsteered answers to the selection questions, graded, and the pooled features of the same pass."""
     settings = {"max_new_tokens": task.max_new_tokens, "chat": task.chat, "site": site} | settings
     texts, pooled = pool_generations(loaded.hf, loaded.tokenizer, [q.prompt for q in questions], saes, **settings)
-    grades = task.grade(texts, list(questions))
-    rows = pd.DataFrame({"text": texts, "correct": np.asarray(grades.correct, dtype=int), "outcome": list(grades.outcome)})
-    return rows.assign(kind=[q.kind for q in questions], group=[q.group for q in questions]), pooled
+    return _graded(task, texts, questions)[0], pooled
 
 
 def methods(
@@ -196,15 +197,12 @@ def compare(rows: pd.DataFrame, *, reference: str = BASELINE.name, n_boot: int =
     """
     rows = rows.assign(seed=rows["seed"] if "seed" in rows else 0)
     base = rows[rows.arm == reference].set_index(["seed", "question"])
+    labels, before = [f"{s}/{g}" for (s, _), g in zip(base.index, base.group)], base.correct.to_numpy()
     table = []
     for name, mine in rows.groupby("arm", sort=False):
         mine = mine.set_index(["seed", "question"]).loc[base.index]
-        labels = [f"{s}/{g}" for (s, _), g in zip(base.index, base.group)]
-        changed = mine.text.to_numpy() != base.text.to_numpy()
-        before, after = base.correct.to_numpy(), mine.correct.to_numpy()
-        effects = SideEffects(
-            int((changed & (after < before)).sum()), int((changed & (after > before)).sum()), int(changed.sum()), len(base)
-        )
+        after = mine.correct.to_numpy()
+        effects = ser(base.text.tolist(), mine.text.tolist(), before, after)
         table.append(
             {
                 "method": name,

@@ -9,8 +9,9 @@ import torch
 
 import steerkit.generate as G
 from steerkit.decode import Sampling, draw, uniforms
-from steerkit.generate import BASELINE, Arm, Journal, generate, grid, prompt_ids, stack
+from steerkit.generate import BASELINE, Arm, generate, grid, prompt_ids, stack
 from steerkit.hooks import Ablate, Add, Boost, steering
+from steerkit.journal import Journal
 from steerkit.packed import packed_linears
 from steerkit.vectors import SteeringVector
 
