@@ -19,6 +19,8 @@ from steerkit.hooks import Add, check_edits
 from steerkit.packed import packed_linears
 from steerkit.partial import steered_token_losses
 from steerkit.progress import bar
+from steerkit.questions import Question
+from steerkit.questions.correct import LETTERS
 from steerkit.stats import Interval, bootstrap
 
 COLUMNS = ["sentence_good", "sentence_bad", "field", "UID"]
@@ -169,3 +171,31 @@ def prefers_good(
     options = {"layer": layer, "batch_size": batch_size, "max_tokens": sys.maxsize, "progress": progress}
     totals, _ = _summed_losses(model, tokenizer, texts, vectors, scales, **options)
     return totals[..., : len(pairs)] < totals[..., len(pairs) :]
+
+
+def chooses_right(
+    model: nn.Module,
+    tokenizer,
+    questions: Sequence[Question],
+    vectors: Float[Tensor, "n d_model"],
+    scales: Sequence[float] | Float[Tensor, " scales"],
+    *,
+    layer: int,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Bool[np.ndarray, "n scales questions"]:
+    """Tell for every multiple-choice question (MMLU) whether the steered model gives the right letter the highest probability.
+
+    right if argmax over letters of log p(" A" | prompt; h + s v) is the gold one. Steering and batches as in `steered_losses`;
+    prompts are not cut. Raises ValueError for questions that differ in their number of choices.
+
+    >>> right = chooses_right(model, tokenizer, load("mmlu").parts["test"][:500], vectors, [0.0, 40.0], layer=13)  # doctest: +SKIP
+    """
+    if len(options := {len(q.choices) for q in questions}) != 1:
+        raise ValueError(f"questions: expected one number of choices, got {sorted(options)}")
+    letters = LETTERS[: options.pop()]
+    texts = [f"{q.prompt} {letter}" for q in questions for letter in letters]
+    how = {"layer": layer, "batch_size": batch_size, "max_tokens": sys.maxsize, "progress": progress}
+    totals, _ = _summed_losses(model, tokenizer, texts, vectors, scales, **how)
+    best = totals.reshape(*totals.shape[:2], len(questions), len(letters)).argmin(-1)
+    return best == np.array([letters.index(q.gold) for q in questions])

@@ -22,6 +22,12 @@ def resolve(path: str | Path) -> Path:
     return path if path.is_absolute() else ROOT / path
 
 
+def shipped(results: str | Path, preset: str, name: str) -> Path | None:
+    """Return the file `name` of a preset's full run under the folder `results`, or None where none is shipped or `results` is empty."""
+    path = resolve(results) / preset / name
+    return path if str(results) and path.is_file() else None
+
+
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
     """Write `content` under a temporary name and rename it, so that a reader never sees half a file."""
     path = Path(path)

@@ -10,9 +10,10 @@ import pytest
 import tiny
 import torch
 
-from steerkit.capability import COLUMNS, minimal_pairs, perplexity_ratio, prefers_good, steered_losses
+from steerkit.capability import COLUMNS, chooses_right, minimal_pairs, perplexity_ratio, prefers_good, steered_losses
 from steerkit.features import next_token_losses
 from steerkit.hooks import Add, residual_blocks, steering
+from steerkit.questions import Question
 
 TEXTS = ["a much longer text than the others", "b", "four words of text", "An ordinary sentence.", "xy"]
 SCALES = [0.0, 4.0, 12.0]
@@ -172,6 +173,21 @@ def test_preferences_do_not_depend_on_order_or_batch(pairs):
     assert (whole != prefers_good(model, tok, swapped, vs, SCALES, layer=1)).all()
     same = pairs.assign(sentence_bad=pairs.sentence_good)
     assert not prefers_good(model, tok, same, vs[:1], [0.0], layer=1, batch_size=1).any(), "a tie is not a preference"
+
+
+def test_the_right_letter_equals_a_float64_oracle():
+    """Next-letter log-probabilities of the whole model under the hook; four golds in turn, so some are right and some wrong."""
+    model, tok, vs = tiny.model("llama"), tiny.tokenizer(), vectors()
+    asked = [Question("t", str(i), "g", f"question {i} with {'many ' * i}words\nAnswer:", "ABCD"[i % 4], tuple("wxyz")) for i in range(8)]
+    got = chooses_right(model, tok, asked, vs, SCALES, layer=1, batch_size=7)
+    exact = model.double()
+    for v, s, q in np.ndindex(got.shape):
+        scores = [oracle(exact, tok, f"{asked[q].prompt} {letter}", vs[v].double(), SCALES[s], 1) for letter in "ABCD"]
+        first, second = sorted(scores)[:-3:-1]
+        assert first - second > 1e-4 and got[v, s, q] == ("ABCD"[int(np.argmax(scores))] == asked[q].gold)
+    assert got.dtype == bool and 0 < got.mean() < 1
+    with pytest.raises(ValueError, match=r"one number of choices, got \[3, 4\]"):
+        chooses_right(model, tok, [*asked, Question("t", "9", "g", "three", "A", tuple("xyz"))], vs, SCALES, layer=1)
 
 
 def test_long_sentences_are_not_cut(pairs):
