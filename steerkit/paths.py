@@ -22,10 +22,17 @@ def resolve(path: str | Path) -> Path:
     return path if path.is_absolute() else ROOT / path
 
 
-def shipped(results: str | Path, preset: str, name: str) -> Path | None:
-    """Return the file `name` of a preset's full run under the folder `results`, or None where none is shipped or `results` is empty."""
-    path = resolve(results) / preset / name
-    return path if str(results) and path.is_file() else None
+def shipped(folder: str | Path, preset: str, name: str, *, needed: bool = False) -> Path | None:
+    """Return the file `name` of a preset under a folder of shipped files, or None where there is none or `folder` is empty.
+
+    Raises FileNotFoundError for a file that is `needed`.
+    """
+    path = resolve(folder) / preset / name
+    if str(folder) and path.is_file():
+        return path
+    if needed:
+        raise FileNotFoundError(f"expected {path}, got no such file: data/README.md says how it is made for a preset")
+    return None
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> Path:

@@ -88,6 +88,8 @@ def run(
     picks = methods(loaded, task, valid, pooled, first.correct.to_numpy(), saes, **how)
     journal = Path(out) / f"{task.name}-{{key}}.jsonl" if out else None
     answers = ask(loaded, task, test[:n_test], arms(picks, saes, site=site), allowed=allowed, out=journal, **settings)
+    plain = answers[answers.arm == BASELINE.name]
+    answers = pd.concat([answers, *(plain.assign(arm=name) for name, chosen in picks.items() if not chosen)], ignore_index=True)
     return Trial(task, seed, kinds, first, pooled, picks, tuple(test[:n_test]), answers.assign(task=task.name, seed=seed))
 
 
@@ -193,16 +195,17 @@ def compare(rows: pd.DataFrame, *, reference: str = BASELINE.name, n_boot: int =
     """Return a row an arm: accuracy, its difference from the reference on the same questions, side effects, format errors.
 
     Intervals draw whole groups (a country, a subject), as questions about one are not independent. Several runs (column
-    `seed`) are pooled, and a group of one run is not that of another.
+    `seed`) are pooled, and a group of one run is not that of another. An arm counts on the questions that it was asked.
     """
     rows = rows.assign(seed=rows["seed"] if "seed" in rows else 0)
     base = rows[rows.arm == reference].set_index(["seed", "question"])
-    labels, before = [f"{s}/{g}" for (s, _), g in zip(base.index, base.group)], base.correct.to_numpy()
     table = []
     for name, mine in rows.groupby("arm", sort=False):
-        mine = mine.set_index(["seed", "question"]).loc[base.index]
-        after = mine.correct.to_numpy()
-        effects = ser(base.text.tolist(), mine.text.tolist(), before, after)
+        mine = mine.set_index(["seed", "question"])
+        same = base.loc[mine.index]
+        labels = [f"{s}/{g}" for (s, _), g in zip(same.index, same.group)]
+        before, after = same.correct.to_numpy(), mine.correct.to_numpy()
+        effects = ser(same.text.tolist(), mine.text.tolist(), before, after)
         table.append(
             {
                 "method": name,

@@ -95,6 +95,9 @@ def test_a_run_keeps_parts_apart_leaves_out_kinds_and_resumes(tmp_path):
     again = trial.run(loaded, toy, saes, seed=3, n_test=10, within=(0.05, 0.95), out=tmp_path, progress=False, batch_size=8)
     pd.testing.assert_frame_equal(found.answers, again.answers)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    calm = trial.run(loaded, toy, saes, seed=3, n_test=10, within=(0.05, 0.95), min_fired=10**6, progress=False)  # nothing fires so often
+    assert not any(calm.picks.values()) and set(calm.answers.arm) == {"baseline", *calm.picks}
+    assert {g.value for g in trial.compare(calm.answers, n_boot=100).gain} == {0.0}
 
 
 def test_compare_counts_changes_and_pools_seeds_by_group():
@@ -107,6 +110,8 @@ def test_compare_counts_changes_and_pools_seeds_by_group():
     found = trial.compare(both, n_boot=200).loc["x"]
     assert (found.worse, found.better, found.changed) == (1, 3, 4) and found.SER == 0.25
     assert found.gain.value == pytest.approx(0.25) and found.gain.groups == 2  # one group a run
+    once = trial.compare(both[(both.arm == "baseline") | (both.seed == 1)], n_boot=200).loc["x"]  # asked in one run only
+    assert once.gain.n == 4 and once.gain.value == pytest.approx(0.5) and once.accuracy.value == 1.0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
