@@ -1,6 +1,6 @@
 """What chance alone gives a correlation: shuffled labels, subsets and bootstraps of kept features, many at a time."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,14 +10,21 @@ from scipy import sparse
 from steerkit.correlation import Correlation, array, pearson
 
 
-def permutations(y, n: int, *, seed: int = 0, block: int | None = None) -> Float[np.ndarray, "n samples"]:
-    """Return n shufflings of the labels: over the whole run, or within consecutive blocks of `block` samples.
+def permutations(y, n: int, *, seed: int = 0, block: int | None = None, within: Sequence | None = None) -> Float[np.ndarray, "n samples"]:
+    """Return n shufflings of the labels: over the whole run, within consecutive blocks of `block` samples, or within strata.
 
-    The released control shuffles within batches of 8, which keeps each batch's share of successes: a weaker null.
+    The released control shuffles within batches of 8, which keeps each batch's share of successes: a weaker null. within:
+    a stratum for each sample (the kind of question); what only tells easy kinds from hard ones stays in that null.
+
+    Raises ValueError for both at once, or strata that do not fit.
     """
     y = array(y, "y", 1)
-    groups = np.arange(len(y)) // (block or max(len(y), 1))
-    return y[np.argsort(np.random.default_rng(seed).random((n, len(y))) + groups, axis=1)]
+    if within is not None and (block or len(within) != len(y)):
+        raise ValueError(f"within: expected a stratum for each of {len(y)} samples and no block, got {len(within)} and block {block}")
+    strata = np.arange(len(y)) // (block or max(len(y), 1)) if within is None else np.unique(np.asarray(within), return_inverse=True)[1]
+    out = np.empty((n, len(y)))
+    out[:, np.argsort(strata, kind="stable")] = y[np.argsort(np.random.default_rng(seed).random((n, len(y))) + strata, axis=1)]
+    return out
 
 
 def shuffled(y, *, seed: int = 0, block: int | None = None) -> Float[np.ndarray, " samples"]:
@@ -54,7 +61,9 @@ def _batches(z, size: int = 512) -> Iterator:
         yield from z
 
 
-def permutation_null(z, y, *, n: int = 1000, seed: int = 0, block: int | None = None, min_fired: int = 0) -> Null:
+def permutation_null(
+    z, y, *, n: int = 1000, seed: int = 0, block: int | None = None, within: Sequence | None = None, min_fired: int = 0
+) -> Null:
     """Return the null of the per-layer maximum of r: B = n label vectors carried through one pass over the features.
 
     C_xy of all shufflings is one product a batch, (y_b - mean y) @ z, in float64; Var(z) does not depend on the labels.
@@ -63,7 +72,7 @@ def permutation_null(z, y, *, n: int = 1000, seed: int = 0, block: int | None = 
     Card: for dense noise the maximum lies near 3.86 / sqrt(samples) with 16,384 features.
     """
     y = array(y, "y", 1)
-    labels = permutations(y, n, seed=seed, block=block) - y.mean()
+    labels = permutations(y, n, seed=seed, block=block, within=within) - y.mean()
     total, cross, at = None, 0.0, 0
     for part in _batches(z):
         rows, at = slice(at, at + part.shape[0]), at + part.shape[0]

@@ -219,6 +219,21 @@ def test_shuffling_within_batches_is_the_weaker_null():
     assert permutation_null(z, y, n=50).max_r.max() < 0.5 < permutation_null(z, y, n=50, block=8).max_r.min()
 
 
+def test_a_feature_that_tells_easy_kinds_from_hard_ones_is_not_above_the_null_within_kinds():
+    rng = np.random.default_rng(2)
+    kind = rng.permutation(np.repeat(["easy", "hard", "middling"], 60))
+    y = rng.random(180) < np.select([kind == "easy", kind == "hard"], [0.9, 0.1], 0.5)
+    drawn = permutations(y, 40, within=kind, seed=3)
+    for k in np.unique(kind):
+        assert (drawn[:, kind == k].sum(1) == y[kind == k].sum()).all() and len(np.unique(drawn[:, kind == k], axis=0)) > 30
+    z = np.stack([3.0 * (kind == "easy") + rng.random(180), rng.random(180)], 1)
+    assert permutation_null(z, y, n=200).p_value() < 0.01 and permutation_null(z, y, n=200, within=kind).p_value() > 0.05
+    z[:, 1] += 2.0 * y  # one that knows which answers are right, whatever the kind
+    assert permutation_null(z, y, n=200, within=kind).p_value() < 0.01
+    with pytest.raises(ValueError, match="a stratum for each of 180 samples"):
+        permutations(y, 2, within=kind[:5])
+
+
 def test_null_needs_one_row_an_outcome():
     z, y = sample(0)
     for rows in (z[:-1], np.append(z, z, 0)):
