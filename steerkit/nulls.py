@@ -1,6 +1,6 @@
 """What chance alone gives a correlation: shuffled labels, subsets and bootstraps of kept features, many at a time."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from scipy import sparse
 from steerkit.correlation import Correlation, array, pearson
 
 
-def permutations(y, n: int, *, seed: int = 0, block: int | None = None, within: Sequence | None = None) -> Float[np.ndarray, "n samples"]:
+def permutations(y, n: int, *, seed: int = 0, block: int | None = None, within=None) -> Float[np.ndarray, "n samples"]:
     """Return n shufflings of the labels: over the whole run, within consecutive blocks of `block` samples, or within strata.
 
     The released control shuffles within batches of 8, which keeps each batch's share of successes: a weaker null. within:
@@ -61,9 +61,7 @@ def _batches(z, size: int = 512) -> Iterator:
         yield from z
 
 
-def permutation_null(
-    z, y, *, n: int = 1000, seed: int = 0, block: int | None = None, within: Sequence | None = None, min_fired: int = 0
-) -> Null:
+def permutation_null(z, y, *, n: int = 1000, seed: int = 0, block: int | None = None, within=None, min_fired: int = 0) -> Null:
     """Return the null of the per-layer maximum of r: B = n label vectors carried through one pass over the features.
 
     C_xy of all shufflings is one product a batch, (y_b - mean y) @ z, in float64; Var(z) does not depend on the labels.
