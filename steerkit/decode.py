@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from steerkit.attention import grouped_attention
 from steerkit.hooks import Edit, Steering, attached, residual_blocks
 from steerkit.packed import packed_linears
 from steerkit.receipt import Tally
@@ -147,7 +148,7 @@ def decode(
     (first, state), (unique, prefix) = _groups(arm, device), _groups(shared, device)
     settings = {"window": window, "skip_first": skip_first}
     cache, tally = DynamicCache(config=model.config), Tally(len(first))
-    with packed_linears(model):
+    with packed_linears(model), grouped_attention(model):
         if width > 1:  # all but the last prompt token
             tally = Tally(len(unique))
             prefill = Steering([edit.rows(unique) for edit in edits], prompt_length=lengths[unique], receipt=tally, **settings)
