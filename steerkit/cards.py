@@ -54,14 +54,15 @@ def verdict(paper, ours, *, tolerance: float | None = None, null: float = 0.0) -
 
     `replicates`: our interval contains the paper's value, overlaps its interval, or lies within `tolerance` of it.
     `same trend`: both lie on the same side of `null`, ours with its whole interval. `differs`: otherwise.
-    `not testable here`: we have no number, or our interval holds both the paper's value and `null`, so it decides nothing.
+    `not testable here`: we have no number or no interval for it, or our interval holds both the paper's value and `null`, so it
+    decides nothing.
 
     Example: `verdict(0.36, Interval(0.30, 0.25, 0.38, 90))` gives "replicates".
     """
-    if ours is None:
+    if ours is None or (isinstance(ours, Interval) and math.isnan(ours.low)):
         return "not testable here"
     theirs, mine = (x if isinstance(x, Interval) else Interval(float(x), float(x), float(x), 1) for x in (paper, ours))
-    low, high = (mine.value if math.isnan(b) else b for b in (mine.low, mine.high))
+    low, high = mine.low, mine.high
     if (low <= theirs.high and theirs.low <= high) or (tolerance is not None and abs(mine.value - theirs.value) <= tolerance):
         undecided = theirs.value != null and low <= null <= high and low < high
         return "not testable here" if undecided else "replicates"

@@ -71,6 +71,7 @@ def bootstrap(
 
     `values` is [n] or [n, columns]; samples are rows, and `statistic` maps such an array to a number. With `groups`
     (one label a sample: the prompt, the topic) whole groups are drawn: samples that share one are not independent.
+    Draws on which the statistic is not a number are left out; with more than one in a hundred there is no interval.
     Raises ValueError for no samples, numbers that are not finite, or labels that do not fit.
 
     Example: `bootstrap([0.2, 0.4, 0.9], groups=["a", "a", "b"])`
@@ -83,8 +84,9 @@ def bootstrap(
     units = len(values) if groups is None else len(np.unique(np.asarray(groups)))
     low = high = float("nan")
     if units > 1:
-        drawn = [statistic(values[rows]) for rows in _draws(len(values), groups, n_boot, seed)]
-        low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).tolist()
+        drawn = np.array([statistic(values[rows]) for rows in _draws(len(values), groups, n_boot, seed)])
+        if np.isnan(drawn).mean() <= 0.01:
+            low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2]).tolist()
     return Interval(float(statistic(values)), low, high, len(values), None if groups is None else units)
 
 

@@ -142,6 +142,7 @@ def test_style_draws_in_the_palette():
         (1.3, Interval(0.9, 0.85, 0.95, 90), {"null": 1.0}, "differs"),
         (0.0, Interval(0.9, 0.85, 0.95, 90), {}, "differs"),
         (0.36, None, {}, "not testable here"),
+        (0.36, Interval(0.36, float("nan"), float("nan"), 1), {}, "not testable here"),  # no interval, no verdict
         (0.36, Interval(0.20, -0.10, 0.50, 9), {}, "not testable here"),  # holds the claim and its denial
         (0.0, Interval(0.01, -0.02, 0.03, 9), {}, "replicates"),
     ],

@@ -86,6 +86,19 @@ def test_one_independent_unit_has_no_interval():
         assert not got.excludes(0) and 0.5 not in got
 
 
+def test_draws_without_a_value_are_left_out_while_they_are_rare():
+    """A ratio of means that a draw of zeros only leaves undefined: once in 2^10 draws of ten, in every third of two."""
+
+    def inverse(v):
+        return 1 / v.mean() if v.any() else float("nan")
+
+    rare, often = np.array([0.0, 1.0] * 5), np.array([0.0, 1.0])
+    drawn = np.array([inverse(rare[rows]) for rows in np.random.default_rng(3).integers(10, size=(40_000, 10))])
+    got = bootstrap(rare, inverse, n_boot=5000, seed=0)
+    assert (got.low, got.high) == pytest.approx(tuple(np.nanquantile(drawn, [0.025, 0.975])), rel=1e-9)
+    assert "no interval" in str(bootstrap(often, inverse, n_boot=500))
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
