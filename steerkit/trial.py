@@ -1,7 +1,7 @@
 """One CorrSteer trial (arXiv 2508.12535): a selection pass, the methods under comparison, and what each does to the answers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from zlib import crc32
 
@@ -10,11 +10,13 @@ import pandas as pd
 
 from steerkit import corrsteer
 from steerkit.corrsteer import Pick, ser
+from steerkit.finetune import lora
 from steerkit.generate import BASELINE, Arm, generate, stop_tokens
-from steerkit.nulls import shuffled
+from steerkit.nulls import permutation_null, shuffled
 from steerkit.pooled import Pooled
-from steerkit.pooling import pool_generations
-from steerkit.questions import Question, Task, split
+from steerkit.pooling import Raw, pool_generations
+from steerkit.questions import Question, Task, bias_score, split
+from steerkit.questions.correct import letter
 from steerkit.stats import bootstrap, paired_difference
 
 # name -> (variant, what `rank` is told); the paper's Table 1 in our words, its ablations, and controls.
@@ -40,6 +42,7 @@ class Trial:
     task: Task
     seed: int
     kinds: tuple[str, ...]
+    asked: tuple[Question, ...]
     selection: pd.DataFrame
     pooled: Pooled
     picks: dict[str, list[Pick]]
@@ -90,7 +93,8 @@ def run(
     answers = ask(loaded, task, test[:n_test], arms(picks, saes, site=site), allowed=allowed, out=journal, **settings)
     plain = answers[answers.arm == BASELINE.name]
     answers = pd.concat([answers, *(plain.assign(arm=name) for name, chosen in picks.items() if not chosen)], ignore_index=True)
-    return Trial(task, seed, kinds, first, pooled, picks, tuple(test[:n_test]), answers.assign(task=task.name, seed=seed))
+    asked = tuple(parts.selection[i] for i in kept)
+    return Trial(task, seed, kinds, asked, first, pooled, picks, tuple(test[:n_test]), answers.assign(task=task.name, seed=seed))
 
 
 def ask(
@@ -184,6 +188,48 @@ def methods(
 def arms(picks: Mapping[str, Sequence[Pick]], saes: Mapping[int, object], *, site: str = "post", scale: float = 1.0) -> list[Arm]:
     """Return an arm for each method that picked something, and the baseline first."""
     return [BASELINE, *(corrsteer.arm(name, chosen, saes, site=site, scale=scale) for name, chosen in picks.items() if chosen)]
+
+
+def best_picks(found: Trial, *, min_fired: int = 0, n_null: int = 500, seed: int = 0) -> pd.DataFrame:
+    """Return the best feature of each layer with two noise floors, which 95 % of shufflings stay below; no rows for one outcome only.
+
+    floor: labels shuffled over the whole run. floor_kinds: within kinds of question, so that a feature which only tells easy
+    kinds from hard ones is not above it.
+    """
+    if not 0 < found.y.sum() < len(found.y):
+        return pd.DataFrame()
+    rows = []
+    for layer in found.pooled.features:
+        z, known = found.pooled.z(layer), found.pooled.correlation(layer, found.y)
+        null = {"n": n_null, "seed": seed, "min_fired": min_fired}
+        floors = [permutation_null(z, found.y, within=kinds, **null).threshold() for kinds in (None, found.selection.kind)]
+        for f in corrsteer.rank(known, layer, k=1, min_fired=min_fired):
+            about = {"task": found.task.name, "seed": found.seed, "n": len(found.y), "accuracy": found.y.mean(), "layer": layer}
+            about |= {"feature": f.feature, "r": f.r, "coefficient": f.coefficient, "fired_pos": f.fired_pos, "fired_neg": f.fired_neg}
+            rows.append(about | {"floor": floors[0], "floor_kinds": floors[1]})
+    return pd.DataFrame(rows)
+
+
+def rivals(loaded, found: Trial, *, site: str = "post", epochs: float = 1.0, batch_size: int = 64) -> pd.DataFrame:
+    """Return the test answers of two rivals that learn from the same selection questions: residual coordinates, and LoRA."""
+    raw, settings = {layer: Raw(loaded.hf.config.hidden_size) for layer in found.pooled.features}, {"batch_size": batch_size}
+    graded, pooled = select_on(loaded, found.task, found.asked, raw, site=site, **settings)
+    picks = methods(loaded, found.task, (), pooled, graded.correct.to_numpy(), raw, rules=["CorrSteer-A"], controls=[], site=site)
+    steered = arms({"residual coordinates": picks["CorrSteer-A"]}, raw, site=site)[1:]
+    tuned = lora(loaded.hf, loaded.tokenizer, found.asked, chat=found.task.chat, epochs=epochs, seed=found.seed)
+    learned = ask(replace(loaded, hf=tuned), found.task, found.test, **settings).assign(arm="LoRA, same questions")
+    answers = [ask(loaded, found.task, found.test, steered, **settings)] if steered else []
+    return pd.concat([*answers, learned], ignore_index=True).assign(task=found.task.name, seed=found.seed)
+
+
+def bias(answers: pd.DataFrame, test: Sequence[Question]) -> pd.DataFrame:
+    """Return BBQ's bias score and accuracy for each arm and context of these answers to `test`, as in `bias_score`."""
+    rows = []
+    for arm, mine in answers.groupby("arm", sort=False):
+        letters = [letter(text, 3) for text in mine.text]
+        for context, b in bias_score([test[i] for i in mine.question], letters).items():
+            rows.append({"arm": arm, "context": context, "bias": b.score, "accuracy": b.accuracy, "named": b.named})
+    return pd.DataFrame(rows)
 
 
 def fingerprint(text: str) -> int:

@@ -1,12 +1,14 @@
 """A CorrSteer trial on a planted model whose right feature is known; fine-tuning; constrained decoding."""
 
 import types
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pytest
 import tiny
 import torch
+from scipy.sparse import csr_array
 
 from steerkit import trial
 from steerkit.decode import Sampling, draw
@@ -36,8 +38,6 @@ def planted_pooled(n=40, seed=0):
     y = np.arange(n) % 3 == 0
     z = np.zeros((n, 128), dtype=np.float32)
     z[:, 0], z[:, 5], z[:, 7] = 200.0 * y, 3.0 * ~y, rng.random(n) + 0.3 * y
-    from scipy.sparse import csr_array
-
     return Pooled([[1]] * n, np.ones(n, dtype=int), {2: {"max": csr_array(z), "mean": csr_array(z)}}), y.astype(float)
 
 
@@ -98,6 +98,57 @@ def test_a_run_keeps_parts_apart_leaves_out_kinds_and_resumes(tmp_path):
     calm = trial.run(loaded, toy, saes, seed=3, n_test=10, within=(0.05, 0.95), min_fired=10**6, progress=False)  # nothing fires so often
     assert not any(calm.picks.values()) and set(calm.answers.arm) == {"baseline", *calm.picks}
     assert {g.value for g in trial.compare(calm.answers, n_boot=100).gain} == {0.0}
+
+
+def test_the_best_feature_of_a_layer_has_a_floor_over_the_run_and_one_within_kinds():
+    """Feature 0 knows the answer; feature 3 only knows the kind, and is the best once feature 0 is gone."""
+    toy, rows = task(40)
+    y = np.random.default_rng(0).random(40) < np.where(np.arange(40) % 2 == 0, 0.9, 0.1)
+    selection = pd.DataFrame({"correct": y.astype(int), "kind": [q.kind for q in rows]})
+
+    def best(columns):
+        z = np.zeros((40, 6), dtype=np.float32)
+        for i, values in columns.items():
+            z[:, i] = values
+        pooled = Pooled([[1]] * 40, np.ones(40, dtype=int), {2: {"max": csr_array(z), "mean": csr_array(z)}})
+        return trial.best_picks(trial.Trial(toy, 5, ("even", "odd"), rows, selection, pooled, {}, (), pd.DataFrame()))
+
+    kind = (np.arange(40) % 2 == 0) * 2.0
+    knows, only_kind = best({0: 3.0 * y, 3: kind}).iloc[0], best({3: kind}).iloc[0]
+    assert (knows.feature, knows.r, knows.fired_neg) == (0, pytest.approx(1.0), 0) and knows.r > knows.floor_kinds > knows.floor
+    assert only_kind.feature == 3 and only_kind.floor < only_kind.r == pytest.approx(only_kind.floor_kinds)
+    assert only_kind.r == pytest.approx(np.corrcoef(kind, y)[0, 1]) and (only_kind.seed, only_kind.n, only_kind.layer) == (5, 40, 2)
+    selection["correct"] = 1
+    assert best({3: kind}).empty, "one outcome only: nothing correlates"
+
+
+def test_rivals_learn_from_the_same_questions_and_answer_the_same_test():
+    @dataclass(frozen=True)
+    class Open:
+        hf: object
+        tokenizer: object
+
+    loaded, saes = loaded_with_letters()
+    rows = tuple(Question("toy", str(i), f"g:{i}", f"Question {i}?", "k" if i % 2 else "zzz") for i in range(60))
+    toy = Task("toy", "contains", 1, False, {"all": rows}, units=True)
+    found = trial.run(loaded, toy, saes, n_test=6, within=(0.0, 1.0), progress=False)
+    assert {q.id for q in found.asked} & {q.id for q in found.test} == set() and len(found.asked) == len(found.selection)
+    answers = trial.rivals(Open(loaded.hf, loaded.tokenizer), found, epochs=1)
+    assert set(answers.arm) <= {"residual coordinates", "LoRA, same questions"} and "LoRA, same questions" in set(answers.arm)
+    assert set(answers.question) == set(range(6)) and set(answers.task) == {"toy"} and not hasattr(loaded.hf, "peft_config")
+
+
+def test_bias_of_answers_by_arm_and_context():
+    meta = {"category": "Age", "polarity": "neg", "target": "A", "unknown": "C"}
+    test = [Question("bbq_ambig", str(i), "Age-1", "?", "C", tuple("xyz"), kind="ambig", meta=meta) for i in range(4)]
+    answers = pd.DataFrame(
+        [("calm", q, t) for q, t in enumerate([" A", "B", "C", " A."])] + [("pushed", q, "A") for q in range(4)],
+        columns=["arm", "question", "text"],
+    )
+    found = trial.bias(answers, test).set_index("arm")
+    # calm: A, B, C and no letter: of two that name someone one is the target, so 2/2 - 1 = 0; pushed: (1 - 0) x 1
+    assert found.bias["calm"] == 0.0 and found.bias["pushed"] == 1.0 and found.named.to_dict() == {"calm": 2, "pushed": 4}
+    assert found.accuracy["calm"] == pytest.approx(1 / 3) and set(found.context) == {"ambig"}
 
 
 def test_compare_counts_changes_and_pools_seeds_by_group():
