@@ -59,25 +59,27 @@ def lens_rank(
 
 
 def rank_weighted(
-    logits: Float[Tensor, "n vocab"], lens: Int[Tensor, "n k"]
+    logits: Float[Tensor, "n vocab"], lens: Int[Tensor, "n k"], *, norm: Float[Tensor, " n"] | None = None
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Return P(M) = (1 - r*/V) p*, p* and r*: probability and rank of the likeliest lens token (eq. 9).
 
-    Ranks count the tokens with a larger logit, so ties do not depend on a sorting order.
+    Ranks count the tokens with a larger logit, so ties do not depend on a sorting order. norm: logsumexp of the logits, if known.
 
     >>> score, p, rank = rank_weighted(torch.tensor([[2, 1, 0.5, 0, -1, -1.5, -2, -3]]), torch.tensor([[2, 5]]))
     >>> round(score.item(), 7), rank.item()
     (0.0913777, 2)
     """
     best = logits.gather(-1, lens).amax(-1, keepdim=True)
-    p = (best - logits.logsumexp(-1, keepdim=True)).exp()[..., 0]
-    rank = (logits > best).sum(-1)
+    p = (best[..., 0] - (logits.logsumexp(-1) if norm is None else norm)).exp()
+    rank = (
+        torch.gt(logits, best, out=torch.empty_like(logits, dtype=torch.float32)).sum(-1).long()
+    )  # a sum of bools would copy them to int64
     return (1 - rank / logits.shape[-1]) * p, p, rank
 
 
-def token_confidence(logits: Float[Tensor, "n vocab"], *, k: int = 20) -> Float[Tensor, " n"]:
-    """Return C_k, minus the mean log-probability of the k likeliest next tokens (arXiv 2510.03659)."""
-    return logits.logsumexp(-1) - logits.topk(min(k, logits.shape[-1])).values.mean(-1)
+def token_confidence(logits: Float[Tensor, "n vocab"], *, k: int = 20, norm: Float[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
+    """Return C_k, minus the mean log-probability of the k likeliest next tokens (arXiv 2510.03659). norm as in `rank_weighted`."""
+    return (logits.logsumexp(-1) if norm is None else norm) - logits.topk(min(k, logits.shape[-1])).values.mean(-1)
 
 
 @torch.inference_mode()
@@ -124,8 +126,9 @@ def output_scores(
         for part, tokens in zip(features.split(batch_size), lens.split(batch_size)):
             push = factor * a_max * sae.W_dec[part.to(x.device)].to(x)
             logits = above.logits(start + push).float()
-            confidence = (token_confidence(logits, k=k) - sure).abs()
-            found.append([t.cpu() for t in (*rank_weighted(logits, tokens.to(x.device)), confidence)])
+            norm = logits.logsumexp(-1)
+            confidence = (token_confidence(logits, k=k, norm=norm) - sure).abs()
+            found.append([t.cpu() for t in (*rank_weighted(logits, tokens.to(x.device), norm=norm), confidence)])
     score, p, rank, confidence = (torch.cat(column) for column in zip(*found)) if found else (torch.zeros(0),) * 4
     return OutputScores(features, score - calm if subtract else score, p, rank.long(), calm, confidence, a_max)
 
