@@ -1,5 +1,6 @@
 """Shared fixtures. While tests run, jaxtyping and beartype check the shapes and types of steerkit (pyproject.toml)."""
 
+import functools
 import random
 from pathlib import Path
 
@@ -7,6 +8,25 @@ import numpy as np
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+
+@functools.cache
+def hub_trouble() -> str:
+    """Ask the hub once, with five seconds of patience (its own client retries for a minute), and return what went wrong."""
+    import httpx
+    from huggingface_hub import constants
+
+    try:
+        httpx.head(constants.ENDPOINT, timeout=5)
+    except httpx.HTTPError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def pytest_runtest_setup(item) -> None:
+    """Skip what needs the hub where it cannot be reached."""
+    if item.get_closest_marker("hub") and (why := hub_trouble()):
+        pytest.skip(f"needs the hub: {why}")
 
 
 @pytest.fixture(autouse=True)
