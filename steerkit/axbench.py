@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Float, Num
 
 from steerkit.generate import Arm, generate
-from steerkit.judges.coherence import coherence_judge
+from steerkit.judges.coherence import judge_pairs
 from steerkit.judges.concept import concept_judge
 from steerkit.judges.related import related_judge
 
@@ -74,9 +74,9 @@ def steer(
         texts = generate(loaded.hf, loaded.tokenizer, list(asked), named, out=out, **settings)
         tables.append(texts.assign(key=[keys[int(a)] for a in texts.arm], instruction=texts.prompt.map(asked)))
     texts = pd.concat(tables, ignore_index=True)
-    fluency, related = coherence_judge(loaded.hf, loaded.tokenizer), related_judge(instructions)
-    answers, asked = texts.text.tolist(), texts.instruction.tolist()
-    texts["fluency"], texts["instruct"], texts["concept"] = 2 * fluency(answers, asked), 2 * related(answers, asked), 0.0
+    answers, asked, related = texts.text.tolist(), texts.instruction.tolist(), related_judge(instructions)
+    texts["fluency"] = 2 * judge_pairs(loaded, asked, answers, out=out, progress=progress)
+    texts["instruct"], texts["concept"] = 2 * related(answers, asked), 0.0
     for topic in {key[0] for key in keys}:
         mine = np.array([key[0] == topic for key in texts.key])
         texts.loc[mine, "concept"] = 2 * concept_judge(topic)(texts.text[mine].tolist())

@@ -12,8 +12,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from steerkit.generate import BASELINE, generate, grid
-from steerkit.journal import score_texts
-from steerkit.judges.coherence import coherence_judge
+from steerkit.judges.coherence import judge_pairs
 from steerkit.judges.concept import concept_judge
 from steerkit.paths import write_table
 from steerkit.stats import Interval, clean
@@ -58,10 +57,7 @@ def sweep(
     settings = {"samples": protocol.samples, "max_new_tokens": protocol.max_new_tokens, "top_k": protocol.top_k, "top_p": protocol.top_p}
     settings |= {"seed": protocol.seed, "stop": [loaded.tokenizer.eos_token_id], "batch_size": batch_size}
     texts = generate(loaded.hf, loaded.tokenizer, list(protocol.prompts), arms, out=out, progress=progress, **settings)
-    judge = coherence_judge(loaded.hf, loaded.tokenizer)
-    score = lambda part: {"coherence": judge(part.text.tolist(), part.prompt.tolist())}  # noqa: E731
-    judged = score_texts(texts[["prompt", "text"]].drop_duplicates(), score, name="judged", out=out, progress=progress)
-    texts = texts.merge(judged, on=["prompt", "text"])
+    texts["coherence"] = judge_pairs(loaded, texts.prompt.tolist(), texts.text.tolist(), out=out, progress=progress)
     rows = []
     for topic in by_topic:
         mine = texts[texts.arm.str.startswith((f"{topic}/", "/")) | (texts.arm == BASELINE.name)]

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
 from steerkit.features import next_token_losses
+from steerkit.journal import score_texts
 from steerkit.judges import Judge, checked, parameters, sigmoid
 from steerkit.packed import packed_linears
 
@@ -171,3 +173,15 @@ def coherence_judge(hf_model, tokenizer, *, fitted: dict | None = None) -> Judge
         return scores
 
     return judge
+
+
+def judge_pairs(loaded, prompts: Sequence[str], texts: Sequence[str], *, out=None, progress: bool = True) -> Float[np.ndarray, " texts"]:
+    """Return the coherence of each text after its prompt under the unsteered model; a pair that occurs often is judged once.
+
+    out: where the texts are kept; if "{key}" is in it, finished parts stay beside them and the same call carries on.
+    """
+    judge = coherence_judge(loaded.hf, loaded.tokenizer)
+    pairs = pd.DataFrame({"prompt": prompts, "text": texts})
+    score = lambda part: {"coherence": judge(part.text.tolist(), part.prompt.tolist())}  # noqa: E731
+    judged = score_texts(pairs.drop_duplicates(), score, name="judged", out=out, progress=progress)
+    return pairs.merge(judged, on=["prompt", "text"], how="left").coherence.to_numpy()
