@@ -4,15 +4,13 @@ torch's kernel is made for long queries, and Hugging Face copies keys and values
 decode step both cost more than the linear layers. In float32 torch's kernel is as good, and stays.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 NAME = "steerkit"
 
@@ -39,14 +37,22 @@ def one_token(
 
 def _attention(module, query, key, value, attention_mask, scaling=None, **settings):
     """Answer transformers' attention interface: one new token here, longer queries by torch."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     if query.shape[2] > 1 or scaling is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
     mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
     return one_token(query, key, value, mask, scaling).transpose(1, 2), None
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+@functools.cache
+def _register() -> None:
+    """Make the name known to transformers, once, and only where it is used: that import takes seconds."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
@@ -57,6 +63,7 @@ def grouped_attention(model: nn.Module) -> Iterator[None]:
     if (weight.dtype, weight.device.type, config._attn_implementation) != (torch.bfloat16, "cpu", "sdpa") or capped:
         yield
         return
+    _register()
     model.set_attn_implementation(NAME)
     try:
         yield

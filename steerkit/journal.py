@@ -1,5 +1,6 @@
 """Finished rows on disk, so that what was cut off carries on: one JSON object a line."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -62,7 +63,7 @@ def score_texts(
 
     out: where the texts themselves are kept; if "{key}" is in it, finished parts stay in a file beside them.
     """
-    key = str(pd.util.hash_pandas_object(texts.astype(str), index=False).sum())
+    key = hashlib.sha256(pd.util.hash_pandas_object(texts.astype(str), index=False).to_numpy().tobytes()).hexdigest()[:16]
     path = str(out).replace("{key}", f"{name}-{key}") if out and "{key}" in str(out) else None
     journal = Journal(path, key)
     parts = [range(at, min(at + part, len(texts))) for at in range(0, len(texts), part)]

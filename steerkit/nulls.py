@@ -10,26 +10,25 @@ from scipy import sparse
 from steerkit.correlation import Correlation, array, pearson
 
 
-def permutations(y, n: int, *, seed: int = 0, block: int | None = None, within=None) -> Float[np.ndarray, "n samples"]:
-    """Return n shufflings of the labels: over the whole run, within consecutive blocks of `block` samples, or within strata.
+def permutations(y, n: int, *, seed: int = 0, within=None) -> Float[np.ndarray, "n samples"]:
+    """Return n shufflings of the labels, over the whole run or within strata.
 
-    The released control shuffles within batches of 8, which keeps each batch's share of successes: a weaker null. within:
-    a stratum for each sample (the kind of question); what only tells easy kinds from hard ones stays in that null.
-
-    Raises ValueError for both at once, or strata that do not fit.
+    within: a stratum for each sample. With the kind of question, what only tells easy kinds from hard ones stays in the null.
+    The released control shuffles within batches of 8, np.arange(samples) // 8, which keeps each batch's share of successes: a
+    weaker null. Raises ValueError for strata that do not fit.
     """
     y = array(y, "y", 1)
-    if within is not None and (block or len(within) != len(y)):
-        raise ValueError(f"within: expected a stratum for each of {len(y)} samples and no block, got {len(within)} and block {block}")
-    strata = np.arange(len(y)) // (block or max(len(y), 1)) if within is None else np.unique(np.asarray(within), return_inverse=True)[1]
+    if within is not None and len(within) != len(y):
+        raise ValueError(f"within: expected a stratum for each of {len(y)} samples, got {len(within)}")
+    strata = np.zeros(len(y), dtype=int) if within is None else np.unique(np.asarray(within), return_inverse=True)[1]
     out = np.empty((n, len(y)))
     out[:, np.argsort(strata, kind="stable")] = y[np.argsort(np.random.default_rng(seed).random((n, len(y))) + strata, axis=1)]
     return out
 
 
-def shuffled(y, *, seed: int = 0, block: int | None = None) -> Float[np.ndarray, " samples"]:
+def shuffled(y, *, seed: int = 0, within=None) -> Float[np.ndarray, " samples"]:
     """Return one shuffling of the labels, the control that a whole selection can be run on; as in `permutations`."""
-    return permutations(y, 1, seed=seed, block=block)[0]
+    return permutations(y, 1, seed=seed, within=within)[0]
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def _batches(z, size: int = 512) -> Iterator:
         yield from z
 
 
-def permutation_null(z, y, *, n: int = 1000, seed: int = 0, block: int | None = None, within=None, min_fired: int = 0) -> Null:
+def permutation_null(z, y, *, n: int = 1000, seed: int = 0, within=None, min_fired: int = 0) -> Null:
     """Return the null of the per-layer maximum of r: B = n label vectors carried through one pass over the features.
 
     C_xy of all shufflings is one product a batch, (y_b - mean y) @ z, in float64; Var(z) does not depend on the labels.
@@ -70,7 +69,7 @@ def permutation_null(z, y, *, n: int = 1000, seed: int = 0, block: int | None = 
     Card: for dense noise the maximum lies near 3.86 / sqrt(samples) with 16,384 features.
     """
     y = array(y, "y", 1)
-    labels = permutations(y, n, seed=seed, block=block, within=within) - y.mean()
+    labels = permutations(y, n, seed=seed, within=within) - y.mean()
     total, cross, at = None, 0.0, 0
     for part in _batches(z):
         rows, at = slice(at, at + part.shape[0]), at + part.shape[0]

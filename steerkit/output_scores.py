@@ -71,9 +71,8 @@ def rank_weighted(
     """
     best = logits.gather(-1, lens).amax(-1, keepdim=True)
     p = (best[..., 0] - (logits.logsumexp(-1) if norm is None else norm)).exp()
-    rank = (
-        torch.gt(logits, best, out=torch.empty_like(logits, dtype=torch.float32)).sum(-1).long()
-    )  # a sum of bools would copy them to int64
+    above = torch.gt(logits, best, out=torch.empty_like(logits, dtype=torch.float32))  # a sum of bools would copy them to int64
+    rank = above.sum(-1).long()
     return (1 - rank / logits.shape[-1]) * p, p, rank
 
 

@@ -174,7 +174,7 @@ def test_shufflings_keep_the_labels_and_blocks_keep_theirs():
     y = np.arange(20) % 3 == 0
     drawn = permutations(y, 50, seed=1)
     assert (drawn.sum(1) == y.sum()).all() and len(np.unique(drawn, axis=0)) > 40
-    blocks = permutations(y, 50, seed=1, block=8)
+    blocks = permutations(y, 50, seed=1, within=np.arange(20) // 8)
     for rows in (slice(0, 8), slice(8, 16), slice(16, 20)):
         assert (blocks[:, rows].sum(1) == y[rows].sum()).all()
     assert len(np.unique(blocks, axis=0)) > 40
@@ -216,7 +216,7 @@ def test_shuffling_within_batches_is_the_weaker_null():
     drift = np.repeat(np.arange(20) % 2, 8)
     y = rng.random(160) < 0.1 + 0.8 * drift
     z = drift[:, None] * 3.0 + rng.random((160, 5))
-    assert permutation_null(z, y, n=50).max_r.max() < 0.5 < permutation_null(z, y, n=50, block=8).max_r.min()
+    assert permutation_null(z, y, n=50).max_r.max() < 0.5 < permutation_null(z, y, n=50, within=np.arange(160) // 8).max_r.min()
 
 
 def test_a_feature_that_tells_easy_kinds_from_hard_ones_is_not_above_the_null_within_kinds():

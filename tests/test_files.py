@@ -55,6 +55,8 @@ def test_scores_of_texts_resume_and_keep_their_rows(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     score_texts(texts[:2], score, name="judged", out=out, part=2, progress=False)  # other texts, another file
     assert len(list(tmp_path.iterdir())) == 2
+    turned = score_texts(texts[::-1], score, name="judged", out=out, part=2, progress=False)  # rows are kept by number: their order counts
+    assert turned.n.tolist() == [1, 1, 0, 2, 1] and len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_journal_drops_a_torn_line_and_refuses_another_run(tmp_path):
