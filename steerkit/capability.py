@@ -37,6 +37,7 @@ def _summed_losses(
     scales = torch.as_tensor(scales, dtype=torch.float32, device=vectors.device)
     steps = torch.einsum("nd,s->nsd", vectors.float(), scales).flatten(0, 1).to(model.device)
     check_edits(model, [Add(layer, steps)])
+    steps, same = torch.unique(steps, dim=0, return_inverse=True)  # scale 0 runs once for all vectors
     order = np.array(sorted(range(len(texts)), key=lambda i: len(texts[i])))  # texts of like length share a batch: few pads
     rows, at = max(1, batch_size // len(steps)), 0
     totals, count = np.zeros((len(steps), len(texts))), np.zeros(len(texts), dtype=int)
@@ -52,7 +53,7 @@ def _summed_losses(
             for part, losses in steered_token_losses(model, ids, resid, steps, layer=layer, batch_size=batch_size):
                 losses = losses.masked_fill(mask[:, 1:] == 0, 0.0)  # pads are on the right, where causal attention never looks
                 totals[np.ix_(part.numpy(), where)] = losses.cpu().double().sum(-1).numpy()
-    return totals.reshape(len(vectors), len(scales), len(texts)), count
+    return totals[same.cpu().numpy()].reshape(len(vectors), len(scales), len(texts)), count
 
 
 def steered_losses(
