@@ -15,7 +15,7 @@ from steerkit.generate import BASELINE, generate, grid
 from steerkit.judges.coherence import judge_pairs
 from steerkit.judges.concept import concept_judge
 from steerkit.paths import write_table
-from steerkit.stats import Interval, clean
+from steerkit.stats import Interval, clean, paired_difference
 from steerkit.vectors import SteeringVector
 
 SCALES = tuple(float(s) for s in range(0, 301, 20))
@@ -109,6 +109,13 @@ def peaks(judged: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.Data
         rows.append([*row, i["behaviour"].value, i["coherence"].value, means.max(), means.idxmax()])
     names = ["topic", "prompt", "method", "scale", "bcs", "low", "high", "n", "behaviour", "coherence", "same", "same_scale"]
     return pd.DataFrame(rows, columns=names)
+
+
+def agreement(live: pd.DataFrame, full: pd.DataFrame, **options) -> tuple[Interval, float]:
+    """Return BCS of one run's `curves` minus another's, over the points that both have, and the share whose intervals overlap."""
+    both = live[live.score == "BCS"].merge(full, on=["topic", "prompt", "method", "scale", "score"], suffixes=("", "_full"))
+    overlap = (both.low <= both.high_full) & (both.low_full <= both.high)
+    return paired_difference(both.value, both.value_full, **options), float(overlap.mean())
 
 
 def best_scale(texts: pd.DataFrame) -> float:

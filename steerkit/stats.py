@@ -20,8 +20,9 @@ class Interval:
     groups: int | None = None
 
     def __str__(self) -> str:
-        within = f"[{_short(self.low)}, {_short(self.high)}]" if np.isfinite(self.low) else "[no interval]"
-        return f"{_short(self.value)} {within}, n = {self.n}" + (f" in {self.groups} groups" if self.groups else "")
+        show = _format(self.value, self.low, self.high)
+        within = f"[{self.low:{show}}, {self.high:{show}}]" if np.isfinite(self.low) else "[no interval]"
+        return f"{self.value:{show}} {within}, n = {self.n}" + (f" in {self.groups} groups" if self.groups else "")
 
     def __contains__(self, number: float) -> bool:
         return bool(self.low <= number <= self.high)
@@ -31,8 +32,11 @@ class Interval:
         return bool(self.low > null or self.high < null)
 
 
-def _short(number: float) -> str:
-    return f"{number:.2f}" if 0.01 <= abs(number) < 100 or number == 0 else f"{number:.3g}"
+def _format(*numbers: float) -> str:
+    """One format for all: two decimals, more where a number would read as zero; three digits where that is not enough."""
+    sizes = [abs(x) for x in numbers if np.isfinite(x) and x]
+    decimals = next((d for d in (2, 3, 4) if min(sizes, default=1.0) >= 0.5 * 10**-d), None)
+    return f".{decimals}f" if decimals and max(sizes, default=0.0) < 100 else ".3g"
 
 
 def clean(values, name: str = "values") -> np.ndarray:

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import steerkit.evaluate as V
-from steerkit.evaluate import Protocol, best_scale, compare, curves, load_scores, peaks, product, save_scores, sweep
+from steerkit.evaluate import Protocol, agreement, best_scale, compare, curves, load_scores, peaks, product, save_scores, sweep
 from steerkit.vectors import SteeringVector
 
 
@@ -59,6 +59,13 @@ def test_curves_give_every_method_the_unsteered_text_as_scale_0():
     at = table[table.score == "BCS"].set_index(["method", "scale"]).value
     assert at["A", 0.0] == at["B", 0.0] == pytest.approx(0.09) and at["A", 20.0] == pytest.approx(0.25)
     assert set(table.score) == {"behaviour", "coherence", "BCS"} and len(table) == 2 * 2 * 3
+
+
+def test_agreement_looks_only_at_points_of_both_runs():
+    full = curves(scores({("baseline", 0): [(0.1, 1.0)] * 4, ("A", 20): [(0.5, 1.0), (0.7, 1.0)] * 8, ("A", 40): [(0.2, 1.0)] * 4}))
+    live = curves(scores({("baseline", 0): [(0.3, 1.0)] * 4, ("A", 20): [(0.6, 1.0), (0.8, 1.0)] * 2, ("B", 20): [(0.9, 1.0)] * 4}))
+    apart, overlap = agreement(live, full)  # at scale 0 apart by 0.2 without a doubt, at A 20 by 0.1 with wide intervals
+    assert apart.value == pytest.approx(0.15) and apart.n == 2 and overlap == 0.5
 
 
 def test_compare_pairs_topics_and_its_interval_covers_a_known_difference():

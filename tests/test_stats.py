@@ -116,4 +116,5 @@ def test_errors_say_what_was_expected(call, words):
 
 def test_text():
     assert str(Interval(0.42, 0.38, 0.46, 90)) == "0.42 [0.38, 0.46], n = 90"
-    assert str(Interval(0.0004, 0.0, 1234.5, 90, 9)) == "0.0004 [0.00, 1.23e+03], n = 90 in 9 groups"
+    assert str(Interval(-0.012, -0.0203, -0.00386, 90)) == "-0.012 [-0.020, -0.004], n = 90"
+    assert str(Interval(0.0004, 0.0, 1234.5, 90, 9)) == "0.0004 [0, 1.23e+03], n = 90 in 9 groups"
