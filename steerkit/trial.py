@@ -12,6 +12,7 @@ from steerkit import corrsteer
 from steerkit.corrsteer import Pick, ser
 from steerkit.finetune import lora
 from steerkit.generate import BASELINE, Arm, generate, stop_tokens
+from steerkit.journal import Journal
 from steerkit.nulls import permutation_null, shuffled
 from steerkit.pooled import Pooled
 from steerkit.pooling import Raw, pool_generations
@@ -87,9 +88,9 @@ def run(
     kept = np.flatnonzero(first.kind.isin(kinds))
     first, pooled = first.iloc[kept].reset_index(drop=True), pooled.take(kept)
     valid, test = ([q for q in part if q.kind in kinds] for part in (parts.validation, parts.test))
-    how = {"site": site, "allowed": allowed, "seed": seed, "batch_size": batch_size} | rules
-    picks = methods(loaded, task, valid, pooled, first.correct.to_numpy(), saes, **how)
     journal = Path(out) / f"{task.name}-{{key}}.jsonl" if out else None
+    how = {"site": site, "allowed": allowed, "seed": seed, "batch_size": batch_size, "out": journal} | rules
+    picks = methods(loaded, task, valid, pooled, first.correct.to_numpy(), saes, **how)
     answers = ask(loaded, task, test[:n_test], arms(picks, saes, site=site), allowed=allowed, out=journal, **settings)
     plain = answers[answers.arm == BASELINE.name]
     answers = pd.concat([answers, *(plain.assign(arm=name) for name, chosen in picks.items() if not chosen)], ignore_index=True)
@@ -152,10 +153,12 @@ def methods(
     allowed: Sequence[int] = (),
     seed: int = 0,
     batch_size: int = 64,
+    out: str | Path | None = None,
 ) -> dict[str, list[Pick]]:
     """Return the features that each rule and control picks. A rule that finds none picks none, and steers nothing.
 
-    pool: "max" or "mean", for selection and coefficients. Raises ValueError for an unknown rule.
+    pool: "max" or "mean", for selection and coefficients. out: for the validation answers, as in `generate`. Raises ValueError for
+    an unknown rule.
     """
     if unknown := (set(rules) - set(RULES)) | (set(controls) - set(CONTROLS)):
         raise ValueError(f"rules: expected some of {', '.join((*RULES, *CONTROLS))}, got {sorted(unknown)}")
@@ -166,7 +169,8 @@ def methods(
 
     def validate(picks: list[Pick]) -> float:
         arms = [corrsteer.arm("steered", picks, saes, site=site)] if picks else [BASELINE]
-        return float(ask(loaded, task, validation, arms, allowed=allowed, batch_size=batch_size, progress=False).correct.mean())
+        settings = {"allowed": allowed, "batch_size": batch_size, "out": out, "progress": False}
+        return float(ask(loaded, task, validation, arms, **settings).correct.mean())
 
     found = {}
     for name in rules:
@@ -210,16 +214,33 @@ def best_picks(found: Trial, *, min_fired: int = 0, n_null: int = 500, seed: int
     return pd.DataFrame(rows)
 
 
-def rivals(loaded, found: Trial, *, site: str = "post", epochs: float = 1.0, batch_size: int = 64) -> pd.DataFrame:
-    """Return the test answers of two rivals that learn from the same selection questions: residual coordinates, and LoRA."""
+def rivals(
+    loaded, found: Trial, *, site: str = "post", epochs: float = 1.0, batch_size: int = 64, out: str | Path | None = None
+) -> pd.DataFrame:
+    """Return the test answers of two rivals that learn from the same selection questions: residual coordinates, and LoRA.
+
+    With `out`, a folder, passes resume, and what is learned and answered is not learned again.
+    """
     raw, settings = {layer: Raw(loaded.hf.config.hidden_size) for layer in found.pooled.features}, {"batch_size": batch_size}
-    graded, pooled = select_on(loaded, found.task, found.asked, raw, site=site, **settings)
+    folder, journal = (Path(out) / "raw-{key}", Path(out) / "raw-{key}.jsonl") if out else (None, None)
+    graded, pooled = select_on(loaded, found.task, found.asked, raw, site=site, out=folder, **settings)
     picks = methods(loaded, found.task, (), pooled, graded.correct.to_numpy(), raw, rules=["CorrSteer-A"], controls=[], site=site)
     steered = arms({"residual coordinates": picks["CorrSteer-A"]}, raw, site=site)[1:]
-    tuned = lora(loaded.hf, loaded.tokenizer, found.asked, chat=found.task.chat, epochs=epochs, seed=found.seed)
-    learned = ask(replace(loaded, hf=tuned), found.task, found.test, **settings).assign(arm="LoRA, same questions")
-    answers = [ask(loaded, found.task, found.test, steered, **settings)] if steered else []
-    return pd.concat([*answers, learned], ignore_index=True).assign(task=found.task.name, seed=found.seed)
+    answers = [ask(loaded, found.task, found.test, steered, out=journal, **settings)] if steered else []
+    answers.append(_tuned(loaded, found, epochs=epochs, out=out, **settings).assign(arm="LoRA, same questions"))
+    return pd.concat(answers, ignore_index=True).assign(task=found.task.name, seed=found.seed)
+
+
+def _tuned(loaded, found: Trial, *, epochs: float, batch_size: int, out: str | Path | None) -> pd.DataFrame:
+    """Return the test answers of the model fine-tuned on the selection questions; they are kept, the tuned model is not."""
+    asked = [(q.prompt, q.gold) for q in (*found.asked, *found.test)]
+    key = f"{fingerprint(repr((loaded.hf.name_or_path, loaded.hf.dtype, found.seed, epochs, asked))):08x}"
+    journal = Journal(Path(out) / f"lora-{key}.jsonl" if out else None, key)
+    if not journal.has(range(len(found.test))):
+        tuned = lora(loaded.hf, loaded.tokenizer, found.asked, chat=found.task.chat, epochs=epochs, seed=found.seed)
+        answers = ask(replace(loaded, hf=tuned), found.task, found.test, batch_size=batch_size)
+        journal.write(answers.assign(row=range(len(answers))).to_dict("records"))
+    return pd.DataFrame([journal.rows[row] for row in range(len(found.test))]).drop(columns="row")
 
 
 def bias(answers: pd.DataFrame, test: Sequence[Question]) -> pd.DataFrame:

@@ -122,7 +122,7 @@ def test_the_best_feature_of_a_layer_has_a_floor_over_the_run_and_one_within_kin
     assert best({3: kind}).empty, "one outcome only: nothing correlates"
 
 
-def test_rivals_learn_from_the_same_questions_and_answer_the_same_test():
+def test_rivals_learn_from_the_same_questions_answer_the_same_test_and_resume(tmp_path, monkeypatch):
     @dataclass(frozen=True)
     class Open:
         hf: object
@@ -133,7 +133,9 @@ def test_rivals_learn_from_the_same_questions_and_answer_the_same_test():
     toy = Task("toy", "contains", 1, False, {"all": rows}, units=True)
     found = trial.run(loaded, toy, saes, n_test=6, within=(0.0, 1.0), progress=False)
     assert {q.id for q in found.asked} & {q.id for q in found.test} == set() and len(found.asked) == len(found.selection)
-    answers = trial.rivals(Open(loaded.hf, loaded.tokenizer), found, epochs=1)
+    answers = trial.rivals(Open(loaded.hf, loaded.tokenizer), found, epochs=1, out=tmp_path)
+    monkeypatch.setattr(trial, "lora", lambda *_a, **_k: pytest.fail("learned twice"))
+    pd.testing.assert_frame_equal(trial.rivals(Open(loaded.hf, loaded.tokenizer), found, epochs=1, out=tmp_path), answers)
     assert set(answers.arm) <= {"residual coordinates", "LoRA, same questions"} and "LoRA, same questions" in set(answers.arm)
     assert set(answers.question) == set(range(6)) and set(answers.task) == {"toy"} and not hasattr(loaded.hf, "peft_config")
 
