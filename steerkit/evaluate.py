@@ -112,9 +112,12 @@ def peaks(judged: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.Data
 
 
 def agreement(live: pd.DataFrame, full: pd.DataFrame, **options) -> tuple[Interval, float]:
-    """Return BCS of one run's `curves` minus another's, over the points that both have, and the share whose intervals overlap."""
+    """Return BCS of one run's `curves` minus another's, over the points that both have, and the share whose intervals overlap.
+
+    Intervals that are apart by less than the rounding of saved scores (0.001) overlap.
+    """
     both = live[live.score == "BCS"].merge(full, on=["topic", "prompt", "method", "scale", "score"], suffixes=("", "_full"))
-    overlap = (both.low <= both.high_full) & (both.low_full <= both.high)
+    overlap = (both.low <= both.high_full + 1e-3) & (both.low_full <= both.high + 1e-3)
     return paired_difference(both.value, both.value_full, **options), float(overlap.mean())
 
 
