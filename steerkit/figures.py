@@ -171,7 +171,7 @@ def png(fig, name: str) -> bytes:
     for dpi in (150, 120, 100, 80, 60):
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-        if buffer.tell() > _MAX_PNG:
+        if buffer.tell() > 0.7 * _MAX_PNG:  # a palette makes it a third: a notebook holds several figures
             small = Image.open(buffer).convert("RGB").quantize(256)
             buffer = io.BytesIO()
             small.save(buffer, format="png", optimize=True)
