@@ -53,11 +53,13 @@ class Watch:
     """Who is shown the residual stream of the last position after some blocks, at every step of a decode.
 
     `each(step, rows, stopped, resid)`: the rows still open (numbers within the batch), whether the token just drawn ends
-    each of them, and {layer: [rows, d_model]}, steered where steering is on. Step 0 is the last prompt token's position.
+    each of them, and {layer: [rows, d_model]}, with what is added there, or as the blocks put it out where not `steered`.
+    Step 0 is the last prompt token's position.
     """
 
     layers: tuple[int, ...]
     each: Callable[[int, Tensor, Tensor, dict[int, Tensor]], None]
+    steered: bool = True
 
 
 def uniforms(seed: int, rows: Sequence[int], steps: int) -> Float[np.ndarray, "rows steps"]:
@@ -180,7 +182,7 @@ def _watching(model: nn.Module, watch: Watch | None) -> Iterator[Callable]:
 
     with ExitStack() as stack:
         for layer in watch.layers if watch else ():
-            stack.callback(residual_blocks(model)[layer].register_forward_hook(keep(layer)).remove)
+            stack.callback(residual_blocks(model)[layer].register_forward_hook(keep(layer), prepend=not watch.steered).remove)
         yield show
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from steerkit.decode import Sampling, decode
+from steerkit.decode import Sampling, Watch, decode
 from steerkit.features import ordinary_positions, residuals
 from steerkit.generate import prompt_ids
 from steerkit.hooks import Add
@@ -93,17 +93,6 @@ def training_vectors(W_dec: Float[Tensor, "d_sae d_model"], *, n_held: int = 256
     return torch.cat(out), held
 
 
-def _activations(model, sae, ids, layer: int, special, scheme: Scheme) -> tuple[Float[Tensor, "rows d_sae"], Float[Tensor, "rows 1"]]:
-    """Return each text's summed activations and the number of positions that count, read with steering off."""
-    with packed_linears(model):
-        resid = residuals(model, ids, layers=[layer])
-    keep = torch.ones_like(ids, dtype=torch.bool)
-    if scheme.positions == "ordinary":
-        keep = ordinary_positions(ids, None, resid, special=special, outlier=scheme.outlier)
-    acts = sae.encode(resid[layer].to(sae.dtype)).float() * keep[..., None]
-    return acts.sum(1), keep.sum(1, keepdim=True).float()
-
-
 @torch.inference_mode()
 def text_features(
     model: nn.Module,
@@ -121,6 +110,9 @@ def text_features(
 
     Encode each position, then average over positions and rollouts. Without vectors: one row, of unsteered text.
     first: number of the first vector; it keys the noise, so that a vector's texts do not depend on how work is split.
+
+    There is no second pass: what is added after block `layer` does not reach that block, so the stream there, before the
+    addition, is what reading the finished text without steering gives.
     """
     n, device = 1 if vectors is None else len(vectors), next(model.parameters()).device
     total = torch.zeros(n, 2, sae.W_dec.shape[0], device=device)
@@ -130,20 +122,48 @@ def text_features(
     for length in sorted({len(start) for start in starts}):  # prompts of one length share batches, without pads
         mine = [p for p, start in enumerate(starts) if len(start) == length]
         plan = [(v, p, s) for v in range(n) for p in mine for s in range(scheme.samples)]
-        sampling = replace(scheme.sampling, max_new_tokens=scheme.length - length)
+        with packed_linears(model):
+            head = residuals(model, torch.tensor([starts[p] for p in mine], device=device), layers=[layer])[layer][:, :-1]
         for at in range(0, len(plan), batch_size):
             batch = plan[at : at + batch_size]
             which = torch.tensor([v for v, _, _ in batch])
             rows = [((number + v) * len(starts) + p) * scheme.samples + s for v, p, s in batch]
             arm = [(v, tuple(starts[p])) for v, p, _ in batch]
             edits = [] if vectors is None else [Add(layer, vectors[which], scales[which])]
-            texts = decode(model, [starts[p] for _, p, _ in batch], edits, rows=rows, arm=arm, shared=arm, sampling=sampling)
-            ids = torch.tensor([starts[p] + text.tokens for (_, p, _), text in zip(batch, texts)], device=device)
-            acts, kept = _activations(model, sae, ids, layer, tokenizer.all_special_ids, scheme)
+            ids, tail = _rollouts(model, [starts[p] for _, p, _ in batch], edits, layer, scheme, rows=rows, arm=arm, shared=arm)
+            resid = torch.cat([head[[mine.index(p) for _, p, _ in batch]], tail], 1)
+            acts, kept = _activations(sae, ids, resid, layer, tokenizer.all_special_ids, scheme)
             cell = (which.to(device), torch.tensor([p % 2 for _, p, _ in batch], device=device))
             total.index_put_(cell, acts, accumulate=True)
             count.index_put_(cell, kept, accumulate=True)
     return (total / count.clamp_min(1)).cpu()
+
+
+def _rollouts(
+    model, prompts: list[list[int]], edits, layer: int, scheme: Scheme, **groups
+) -> tuple[Int[Tensor, "rows pos"], Float[Tensor, "rows new d_model"]]:
+    """Return the token ids of whole rollouts, and the stream after `layer` before edits, from the last prompt token on."""
+    steps = scheme.length - len(prompts[0]) + 1  # the stream of the last token comes with one token more, which is dropped
+    parameter = next(model.parameters())
+    stream = torch.zeros(len(prompts), steps, model.config.hidden_size, dtype=parameter.dtype, device=parameter.device)
+
+    def keep(step: int, rows: Tensor, _stopped: Tensor, resid: dict[int, Tensor]) -> None:
+        stream[rows, step] = resid[layer]
+
+    sampling, watch = replace(scheme.sampling, max_new_tokens=steps), Watch((layer,), keep, steered=False)
+    texts = decode(model, prompts, edits, sampling=sampling, watch=watch, **groups)
+    return torch.tensor([start + text.tokens[:-1] for start, text in zip(prompts, texts)], device=parameter.device), stream
+
+
+def _activations(
+    sae, ids, resid: Float[Tensor, "rows pos d_model"], layer: int, special, scheme: Scheme
+) -> tuple[Float[Tensor, "rows d_sae"], Float[Tensor, "rows 1"]]:
+    """Return each text's summed activations and the number of positions that count."""
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    if scheme.positions == "ordinary":
+        keep = ordinary_positions(ids, None, {layer: resid}, special=special, outlier=scheme.outlier)
+    acts = sae.encode(resid.to(sae.dtype)).float() * keep[..., None]
+    return acts.sum(1), keep.sum(1, keepdim=True).float()
 
 
 def unsteered(

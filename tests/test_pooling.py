@@ -1,5 +1,7 @@
 """Pooling during generation against plain forward passes on tiny random models."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -114,6 +116,8 @@ def test_a_watch_is_shown_each_step_once_with_steering_on():
     torch.testing.assert_close(steps[0][2], residuals(model, torch.tensor([ids]), layers=[1])[1][:, -1], atol=1e-4, rtol=1e-4)
     decode(model, [ids], [Add(1, vector, 2.0)], watch=watch, **common)
     torch.testing.assert_close(steps[4][2], steps[0][2] + 2.0 * vector, atol=1e-4, rtol=1e-4)
+    decode(model, [ids], [Add(1, vector, 2.0)], watch=replace(watch, steered=False), **common)
+    torch.testing.assert_close(steps[8][2], steps[0][2], atol=1e-4, rtol=1e-4)
     assert not any(block._forward_hooks for block in residual_blocks(model))
 
 
