@@ -67,6 +67,15 @@ def test_period_tokens_are_those_that_show_one():
     assert [tok.decode([i]) for i in S.period_tokens(tok)] == ["."]
 
 
+def test_a_sweep_finds_its_rows_again_whatever_order_the_vocabulary_is_listed_in(tmp_path, monkeypatch):
+    loaded, letters = planted_loaded()
+    call = {"prompts": ["So"], "factors": [200.0], "max_new_tokens": 3, "out": tmp_path, "progress": False}
+    for stop in ([letters[2], letters[0]], [letters[0], letters[2]]):
+        monkeypatch.setattr(S, "period_tokens", lambda tok, stop=stop: stop)
+        S.sweep(loaded, {2: [1]}, {2: torch.tensor([[letters[1], 3]])}, **call)
+    assert len(list(tmp_path.iterdir())) == 2  # texts and their losses, once
+
+
 def test_best_factors_are_chosen_on_one_table_and_reported_on_another():
     def table(values):
         rows = [(13, f, s, v, 10.0, 5) for (f, s), vs in values.items() for v in vs]
