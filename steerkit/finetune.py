@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from steerkit.generate import prompt_ids
 from steerkit.progress import bar
@@ -46,7 +47,7 @@ def lora(
         raise ValueError("expected at least one question to learn from, got none")
     rows = [_row(tokenizer, question, chat) for question in questions]
     rng, steps = np.random.default_rng(seed), max(1, round(epochs * len(rows) / batch_size))
-    order = np.concatenate([rng.permutation(len(rows)) for _ in range(int(np.ceil(epochs)) + 1)])
+    order = [i for _ in range(int(np.ceil(epochs)) + 1) for i in _epoch(rows, rng, 16 * batch_size)]
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -56,7 +57,10 @@ def lora(
         schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(0.03 * steps)), steps)
         for step in bar(range(steps), "fine-tune", "step", show=progress):
             ids, mask, labels = _padded([rows[i] for i in order[step * batch_size : (step + 1) * batch_size]], tokenizer.pad_token_id or 0)
-            loss = tuned(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), labels=labels.to(model.device)).loss
+            ids, mask, labels = (part.to(model.device) for part in (ids, mask, labels))
+            told = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]  # positions that predict an answer: no logits of the others
+            logits = tuned(input_ids=ids, attention_mask=mask, logits_to_keep=told).logits
+            loss = cross_entropy(logits.float().flatten(0, 1), labels[:, told + 1].flatten())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
@@ -70,6 +74,12 @@ def _row(tokenizer, question: Question, chat: bool) -> tuple[list[int], int]:
     asked = prompt_ids(tokenizer, question.prompt, chat=chat)
     answer = tokenizer(target(question).strip() if chat else target(question), add_special_tokens=False)["input_ids"]
     return [*asked, *answer, tokenizer.eos_token_id], len(asked)
+
+
+def _epoch(rows: Sequence[tuple[list[int], int]], rng: np.random.Generator, block: int) -> list[int]:
+    """Return all rows in random order, but by length within each block: rows of like length share a batch, with less padding."""
+    drawn = rng.permutation(len(rows)).tolist()
+    return [i for at in range(0, len(rows), block) for i in sorted(drawn[at : at + block], key=lambda i: len(rows[i][0]))]
 
 
 def _padded(rows: Sequence[tuple[list[int], int]], pad: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -178,9 +178,7 @@ def out_of_memory(error: BaseException) -> bool:
 def run_key(model: nn.Module, ids, arms: Sequence[Arm], samples: int, sampling: Sampling, window: str, skip_first: bool) -> str:
     """Hash what determines the texts: weights' fingerprint, prompts, edits and settings."""
     digest = hashlib.sha256(json.dumps([ids, samples, repr(sampling), window, skip_first]).encode())
-    for parameter in model.parameters():  # one row each: cheap, and another model or precision shows
-        digest.update(f"{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    hash_weights(digest, model)
     for arm in arms:
         for edit in arm.edits:
             digest.update(f"{arm.name}{type(edit).__name__}{edit.layer}".encode())
@@ -188,3 +186,10 @@ def run_key(model: nn.Module, ids, arms: Sequence[Arm], samples: int, sampling: 
             for value in values:
                 digest.update(np.ascontiguousarray(torch.as_tensor(value).detach().double().cpu().numpy()).tobytes())
     return digest.hexdigest()[:16]
+
+
+def hash_weights(digest, model: nn.Module) -> None:
+    """Add to a digest what tells a model's weights from others': shape, dtype and the first numbers of each, which is cheap."""
+    for parameter in model.parameters():
+        digest.update(f"{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())

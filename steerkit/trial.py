@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from zlib import crc32
 
@@ -11,7 +12,7 @@ import pandas as pd
 from steerkit import corrsteer
 from steerkit.corrsteer import Pick, ser
 from steerkit.finetune import lora
-from steerkit.generate import BASELINE, Arm, generate, stop_tokens
+from steerkit.generate import BASELINE, Arm, generate, hash_weights, stop_tokens
 from steerkit.journal import Journal
 from steerkit.nulls import permutation_null, shuffled
 from steerkit.pooled import Pooled
@@ -234,7 +235,9 @@ def rivals(
 def _tuned(loaded, found: Trial, *, epochs: float, batch_size: int, out: str | Path | None) -> pd.DataFrame:
     """Return the test answers of the model fine-tuned on the selection questions; they are kept, the tuned model is not."""
     asked = [(q.prompt, q.gold) for q in (*found.asked, *found.test)]
-    key = f"{fingerprint(repr((loaded.hf.name_or_path, loaded.hf.dtype, found.seed, epochs, asked))):08x}"
+    digest = sha256(repr((found.seed, epochs, asked)).encode())
+    hash_weights(digest, loaded.hf)
+    key = digest.hexdigest()[:16]
     journal = Journal(Path(out) / f"lora-{key}.jsonl" if out else None, key)
     if not journal.has(range(len(found.test))):
         tuned = lora(loaded.hf, loaded.tokenizer, found.asked, chat=found.task.chat, epochs=epochs, seed=found.seed)

@@ -10,7 +10,7 @@ import tiny
 import torch
 from scipy.sparse import csr_array
 
-from steerkit import trial
+from steerkit import finetune, trial
 from steerkit.decode import Sampling, draw
 from steerkit.finetune import lora, target
 from steerkit.generate import BASELINE, generate
@@ -206,6 +206,18 @@ def test_lora_learns_the_answers_and_leaves_the_model_alone():
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), twice.parameters()))
     with pytest.raises(ValueError, match="at least one question"):
         lora(model, tok, [])
+
+
+def test_an_epoch_of_fine_tuning_sees_every_row_once_and_follows_the_gradient_that_transformers_defines(monkeypatch):
+    model, tok = tiny.model("llama"), tiny.tokenizer()
+    rows = [finetune._row(tok, q, False) for q in task()[1][:5]]
+    assert sorted(finetune._epoch(rows, np.random.default_rng(0), 2)) == [0, 1, 2, 3, 4]
+    ids, mask, labels = finetune._padded(rows, 0)
+    oracle = float(model(input_ids=ids, attention_mask=mask, labels=labels).loss)
+    seen = []
+    monkeypatch.setattr(finetune, "cross_entropy", lambda *a: seen.append(torch.nn.functional.cross_entropy(*a)) or seen[-1])
+    lora(model, tok, task()[1][:5], batch_size=5, progress=False)
+    assert len(seen) == 1 and float(seen[0]) == pytest.approx(oracle, rel=1e-5)
 
 
 def test_what_is_learned():
