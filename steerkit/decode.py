@@ -20,6 +20,7 @@ class Sampling:
     """How a next token is drawn; temperature 0 is greedy, top_k 0 and top_p 1 are off.
 
     keep_stop: a stop token is part of the text. allowed: the only tokens that may be drawn (constrained decoding); () is all.
+    stop and allowed are sets: they are kept in the order of their ids, so that equal settings have equal keys.
     """
 
     temperature: float = 1.0
@@ -32,6 +33,8 @@ class Sampling:
     allowed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("stop", "allowed"):
+            object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
             raise ValueError(
                 "expected temperature >= 0, top_k >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, got "

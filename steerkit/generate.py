@@ -98,8 +98,7 @@ def generate(
 
     >>> generate(model, tokenizer, ["I think"], grid([vector], [0, 40, 80]), samples=4, out="runs/texts.jsonl")  # doctest: +SKIP
     """
-    one_order = lambda tokens: tuple(sorted(set(tokens)))  # noqa: E731  # so that the order of a set does not change the key
-    sampling = Sampling(temperature, top_k, top_p, max_new_tokens, one_order(stop), seed, keep_stop, one_order(allowed))
+    sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(stop), seed, keep_stop, tuple(allowed))
     if samples < 1 or batch_size < 1 or not prompts or not arms:
         raise ValueError(
             f"expected at least one prompt, arm, sample and batch row, got {len(prompts)}, {len(arms)}, {samples}, {batch_size}"

@@ -120,7 +120,7 @@ def pool_generations(
         raise ValueError(f"saes: expected layers 0 to {len(residual_blocks(model)) - 1} for this model, got {bad}")
     stop = stop_tokens(tokenizer) if stop is None else stop
     min_window = int(max_new_tokens == 1) if min_window is None else min_window
-    sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, stop=tuple(sorted(set(stop))))
+    sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, stop=tuple(stop))
     ids = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda r: (len(ids[r]), r))  # rows of like length share a batch
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -41,8 +41,8 @@ def hits(tokens: Sequence[int], lens: Sequence[int], *, k: int = 20) -> int:
 
 
 def period_tokens(tokenizer) -> list[int]:
-    """Return the tokens that hold a full stop, in order of their ids; the released code ends every text at the first one."""
-    return sorted(i for token, i in tokenizer.get_vocab().items() if "." in tokenizer.convert_tokens_to_string([token]))
+    """Return the tokens that hold a full stop; the released code ends every text at the first one."""
+    return [i for token, i in tokenizer.get_vocab().items() if "." in tokenizer.convert_tokens_to_string([token])]
 
 
 def sweep(
