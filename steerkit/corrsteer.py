@@ -87,13 +87,14 @@ def select(
     correlations: Mapping[int, Correlation],
     *,
     variant: str = "A",
-    validate: Callable[[list[Pick]], float] | None = None,
+    validate: Callable[[list[list[Pick]]], Sequence[float]] | None = None,
     **settings,
 ) -> list[Pick]:
     """Return the features to steer with, by rising layer; `settings` as in `rank`.
 
     "A": the best feature of every layer. "S": of those, the one with the largest |r|. "P": of those, the ones that alone
-    score strictly higher on validation than no steering; validate(picks) returns that score, validate([]) the baseline.
+    score strictly higher on validation than no steering; validate(choices) returns the score of each choice, and [] is no
+    steering. It is asked once, for all of them, so that they can share the work on the questions.
     A layer without a candidate is left out; nothing may be left.
 
     >>> c = Correlation.empty(2)
@@ -109,8 +110,8 @@ def select(
     if variant == "S":
         return sorted(picks, key=lambda p: (-abs(p.r), p.layer))[:1]
     if validate is not None:
-        baseline = validate([])
-        return [pick for pick in picks if validate([pick]) > baseline]
+        baseline, *alone = validate([[], *([pick] for pick in picks)])
+        return [pick for pick, score in zip(picks, alone, strict=True) if score > baseline]
     return picks
 
 

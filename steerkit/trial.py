@@ -168,10 +168,10 @@ def methods(
         return {name: [] for name in (*rules, *controls)}
     known = {layer: pooled.correlation(layer, y, pool=pool, steer_pool=pool) for layer in pooled.features}
 
-    def validate(picks: list[Pick]) -> float:
-        arms = [corrsteer.arm("steered", picks, saes, site=site)] if picks else [BASELINE]
+    def validate(choices: list[list[Pick]]) -> list[float]:
+        arms = [corrsteer.arm(str(i), picks, saes, site=site) for i, picks in enumerate(choices)]
         settings = {"allowed": allowed, "batch_size": batch_size, "out": out, "progress": False}
-        return float(ask(loaded, task, validation, arms, **settings).correct.mean())
+        return ask(loaded, task, validation, arms, **settings).groupby("arm", sort=False).correct.mean().tolist()
 
     found = {}
     for name in rules:

@@ -71,13 +71,13 @@ def test_a_takes_every_layer_s_the_best_of_them_and_p_what_validation_keeps():
     assert select(LAYERS, variant="S") == [max(a, key=lambda p: p.r)]
     asked, value = [], {None: 0.5, 2: 0.5, 5: 0.6, 9: 0.4}
 
-    def validate(picks):
-        asked.append([p.layer for p in picks])
-        return value[picks[0].layer if picks else None]
+    def validate(choices):
+        asked.append([[p.layer for p in picks] for picks in choices])
+        return [value[picks[0].layer if picks else None] for picks in choices]
 
     assert select(LAYERS, variant="P", validate=validate) == [a[1]]  # equal to the baseline is not enough
-    assert asked == [[], [2], [5], [9]]
-    assert select(LAYERS, variant="P", validate=lambda picks: 0.0) == []
+    assert asked == [[[], [2], [5], [9]]]  # once, for all
+    assert select(LAYERS, variant="P", validate=lambda choices: [0.0] * len(choices)) == []
     for wrong in ({"variant": "P"}, {"variant": "A", "validate": validate}, {"variant": "B"}):
         with pytest.raises(ValueError, match=r"validate|variant"):
             select(LAYERS, **wrong)
