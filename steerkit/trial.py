@@ -265,7 +265,8 @@ def compare(rows: pd.DataFrame, *, reference: str = BASELINE.name, n_boot: int =
     """Return a row an arm: accuracy, its difference from the reference on the same questions, side effects, format errors.
 
     Intervals draw whole groups (a country, a subject), as questions about one are not independent. Several runs (column
-    `seed`) are pooled, and a group of one run is not that of another. An arm counts on the questions that it was asked.
+    `seed`) are pooled; a group that is in several of them is drawn as one, as it brings the same questions to each. An
+    arm counts on the questions that it was asked.
     """
     rows = rows.assign(seed=rows["seed"] if "seed" in rows else 0)
     base = rows[rows.arm == reference].set_index(["seed", "question"])
@@ -273,7 +274,7 @@ def compare(rows: pd.DataFrame, *, reference: str = BASELINE.name, n_boot: int =
     for name, mine in rows.groupby("arm", sort=False):
         mine = mine.set_index(["seed", "question"])
         same = base.loc[mine.index]
-        labels = [f"{s}/{g}" for (s, _), g in zip(same.index, same.group)]
+        labels = same.group.astype(str).to_numpy()
         before, after = same.correct.to_numpy(), mine.correct.to_numpy()
         effects = ser(same.text.tolist(), mine.text.tolist(), before, after)
         table.append(

@@ -156,13 +156,14 @@ def test_bias_of_answers_by_arm_and_context():
 def test_compare_counts_changes_and_pools_seeds_by_group():
     def run(seed, base, other):
         arms = [(arm, i, v) for arm, values in (("baseline", base), ("x", other)) for i, v in enumerate(values)]
-        frame = pd.DataFrame(arms, columns=["arm", "question", "correct"]).assign(seed=seed, group="same")
+        frame = pd.DataFrame(arms, columns=["arm", "question", "correct"]).assign(seed=seed, group=["a", "a", "b", "b"] * 2)
         return frame.assign(text=frame.correct.astype(str), outcome=np.where(frame.correct, "right", "wrong"))
 
     both = pd.concat([run(0, [1, 0, 0, 1], [1, 1, 0, 0]), run(1, [0, 0, 1, 1], [1, 1, 1, 1])])
     found = trial.compare(both, n_boot=200).loc["x"]
     assert (found.worse, found.better, found.changed) == (1, 3, 4) and found.SER == 0.25
-    assert found.gain.value == pytest.approx(0.25) and found.gain.groups == 2  # one group a run
+    assert found.gain.value == pytest.approx(0.25) and found.gain.groups == 2  # a group is one, whatever runs it is in
+    assert (found.gain.low, found.gain.high) == (-0.25, 0.75)  # a draw of twice a: 3 of 4 better; twice b: 1 of 4 worse
     once = trial.compare(both[(both.arm == "baseline") | (both.seed == 1)], n_boot=200).loc["x"]  # asked in one run only
     assert once.gain.n == 4 and once.gain.value == pytest.approx(0.5) and once.accuracy.value == 1.0
 
