@@ -6,21 +6,21 @@ the same bits in any batch.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
-# Layer -> (version of the weight, packed copy). Weak: a freed model frees its copies.
+# Layer or SAE -> (version of the weight, packed copy). Weak: a freed model frees its copies.
 _COPIES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _packed(layer: nn.Linear):
-    version = (layer.weight.data_ptr(), layer.weight._version)
-    if _COPIES.get(layer, (None,))[0] != version:  # packed again when the weight was changed
-        _COPIES[layer] = (version, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 64))
-    return _COPIES[layer][1]
+def _packed(owner: nn.Module, weight: torch.Tensor):
+    version = (weight.data_ptr(), weight._version)
+    if _COPIES.get(owner, (None,))[0] != version:  # packed again when the weight was changed
+        _COPIES[owner] = (version, torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 64))
+    return _COPIES[owner][1]
 
 
 def _packable(module: nn.Module) -> bool:
@@ -41,7 +41,27 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
             for layer in filter(_packable, model.modules()):
                 if "forward" in layer.__dict__:  # a context around this one, or another owner
                     continue
-                weight = _packed(layer)
+                weight = _packed(layer, layer.weight)
                 stack.callback(layer.__dict__.pop, "forward")
                 layer.forward = lambda x, w=weight, b=layer.bias: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
         yield
+
+
+def packed_encode(sae) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the encoder of a JumpReLU SAE on packed weights: three times as fast for a decode step's few rows on a CPU.
+
+    The same numbers up to rounding, and not for gradients. Any other SAE, dtype or device gets its own `encode`.
+    """
+    from sae_lens import JumpReLUSAE
+
+    if not isinstance(sae, JumpReLUSAE) or (sae.W_enc.dtype, sae.W_enc.device.type) != (torch.float32, "cpu"):
+        return sae.encode
+    if not torch.backends.mkldnn.is_available():
+        return sae.encode
+    weight, bias = _packed(sae, sae.W_enc.T), sae.b_enc.detach()
+
+    def encode(resid: torch.Tensor) -> torch.Tensor:
+        hidden = torch.ops.mkldnn._linear_pointwise(sae.process_sae_in(resid), weight, bias, "none", [], "")
+        return sae.activation_fn(hidden) * (hidden > sae.threshold)
+
+    return encode

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from steerkit.decode import Sampling, Watch, decode
 from steerkit.generate import BASELINE, out_of_memory, prompt_ids, run_key, stop_tokens
 from steerkit.hooks import residual_blocks
+from steerkit.packed import packed_encode
 from steerkit.pooled import Pooled
 from steerkit.progress import bar
 
@@ -47,6 +48,7 @@ class Pooler:
 
     def __init__(self, saes: Mapping[int, object], rows: int, *, site: str = "post", min_window: int = 0, device="cpu"):
         self.saes, self.site, self.min_window = saes, site, min_window
+        self.encode = {layer: packed_encode(sae) for layer, sae in saes.items()}
         size = {layer: (rows, sae.W_dec.shape[0]) for layer, sae in saes.items()}
         self.peak = {layer: torch.full(shape, -torch.inf, device=device) for layer, shape in size.items()}
         self.total = {layer: torch.zeros(shape, device=device) for layer, shape in size.items()}
@@ -60,7 +62,7 @@ class Pooler:
         self.window[index] += 1
         whole = len(index) == len(self.window)  # rows come in their order
         for layer, sae in self.saes.items():
-            z = sae.encode(resid[block_of(layer, self.site)][keep].to(sae.dtype)).float()
+            z = self.encode[layer](resid[block_of(layer, self.site)][keep].to(sae.dtype)).float()
             peak, total = self.peak[layer], self.total[layer]
             if whole:
                 torch.maximum(peak, z, out=peak)
