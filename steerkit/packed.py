@@ -54,9 +54,8 @@ def packed_encode(sae) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     from sae_lens import JumpReLUSAE
 
-    if not isinstance(sae, JumpReLUSAE) or (sae.W_enc.dtype, sae.W_enc.device.type) != (torch.float32, "cpu"):
-        return sae.encode
-    if not torch.backends.mkldnn.is_available():
+    fits = isinstance(sae, JumpReLUSAE) and (sae.W_enc.dtype, sae.W_enc.device.type) == (torch.float32, "cpu")
+    if not (fits and torch.backends.mkldnn.is_available()):
         return sae.encode
     weight, bias = _packed(sae, sae.W_enc.T), sae.b_enc.detach()
 
