@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", default="data/check_texts.txt", help="calibration text, plain")
     parser.add_argument("--text-rows", type=int, default=4, help="rows of 32 tokens to calibrate on")
     parser.add_argument("--rise", type=float, default=0.5, help="calibrate to the unsteered loss plus this many nats")
-    parser.add_argument("--dtype", default="bfloat16", help="of the model; the SAE runs in float32")
+    parser.add_argument("--dtype", default="auto", help="of the model: auto is bfloat16 where that is native; the SAE runs in float32")
     parser.add_argument("--block", type=int, default=512, help="vectors calibrated and measured together")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2, help="independent measurements of the held-out vectors")
@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         found.setdefault(repeat, []).append(measured)
     if args.ship and args.n_shards == 1:
         about = {"preset": spec.name, "layer": layer, "vectors": "training_vectors", "rise": args.rise, "text": args.text}
-        about |= {"text_rows": args.text_rows, "dtype": args.dtype, "prompts": len(scheme.prompts), "samples": scheme.samples}
+        about |= {"text_rows": args.text_rows, "dtype": str(model.dtype).removeprefix("torch.")}
+        about |= {"prompts": len(scheme.prompts), "samples": scheme.samples}
         _ship(resolve(args.ship), {repeat: _join(blocks, base) for repeat, blocks in found.items()}, held, about)
 
 

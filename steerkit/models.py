@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from steerkit import fetch
+from steerkit.cpu import choose_dtype
 from steerkit.hooks import residual_blocks
 from steerkit.presets import Preset, SaeSet, preset, presets
 from steerkit.progress import quiet
@@ -112,8 +113,9 @@ def open(
     """Open a preset's model, tokenizer and SAEs.
 
     layers restricts the SAEs and loads them now; by default the primary layer's is loaded and the others on first use.
-    device: "auto" is a GPU where there is one. saes picks a named SAE set. check compares each
-    SAE, when it is loaded, with the recorded FVU and L0 (`self_check`).
+    device: "auto" is a GPU where there is one. dtype: the preset's by default; what "auto" and bfloat16 become is
+    `choose_dtype`'s to say. saes picks a named SAE set. check compares each SAE, when it is loaded, with the recorded
+    FVU and L0 (`self_check`).
 
     Raises ValueError for an unknown preset or set, a layer without an SAE, a damaged, non-finite or mismatched SAE;
     PermissionError or ConnectionError when the hub does not give the files.
@@ -155,10 +157,7 @@ def load_model(spec: Preset, *, device: str = "auto", dtype: str | torch.dtype |
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     path = str(fetch.embedded(spec.package)) if spec.package else spec.hub
-    wanted = dtype or spec.dtype
-    dtype = getattr(torch, str(wanted).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{spec.name}: expected a torch dtype such as float32 or bfloat16, got {wanted!r}")
+    dtype = choose_dtype(dtype or spec.dtype, device)
     for local in (True, False):  # what is on disk first, then the hub
         try:
             with quiet(local):  # the bar of a download stays

@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from steerkit.cpu import native_bfloat16
+
 # Layer or SAE -> (version of the weight, packed copy). Weak: a freed model frees its copies.
 _COPIES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -27,7 +29,7 @@ def _packable(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or module.weight.device.type != "cpu":
         return False
     dtype = module.weight.dtype
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and native_bfloat16())
 
 
 @contextmanager

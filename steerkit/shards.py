@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from steerkit.cpu import native_bfloat16
 from steerkit.features import ordinary_positions, residuals
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def token_rows(dataset: str, tokenizer, recipe: Recipe, *, split: str = "train")
 def harvest(model, tokenizer, dataset: str, folder: Path, recipe: Recipe, *, split: str = "train", llm_batch: int = 32) -> Path:
     """Write the residual streams of `recipe.tokens` tokens to float16 safetensors shards; resumes at the first missing shard.
 
-    Rows go through the model once for all layers, in bfloat16 autocast. Each shard holds `tokens` and one
+    Rows go through the model once for all layers, in bfloat16 autocast where that is native. Each shard holds `tokens` and one
     `layer_<L>` tensor [n, d_model] of the kept positions.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def harvest(model, tokenizer, dataset: str, folder: Path, recipe: Recipe, *, spl
         parts = []
         for batch in torch.stack(chunk).split(llm_batch):
             batch = batch.to(model.device)
-            with torch.autocast(model.device.type, torch.bfloat16):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=native_bfloat16(model.device)):
                 resid = residuals(model, batch, layers=recipe.layers)
             keep = ordinary_positions(batch, None, resid, special=tokenizer.all_special_ids, outlier=recipe.outlier)
             parts.append({f"layer_{n}": acts[keep].half().cpu() for n, acts in resid.items()} | {"tokens": batch[keep].int().cpu()})

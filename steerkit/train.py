@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from steerkit.cpu import native_bfloat16
 from steerkit.paths import cache_dir, write_atomic
 from steerkit.progress import quiet
 from steerkit.shards import Recipe, Shards, harvest, read_shards
@@ -74,12 +75,13 @@ def train(
     *,
     n_checkpoints: int = 10,
     device: str = "cpu",
-    autocast: bool = True,
+    autocast: bool | None = None,
     progress: bool = True,
 ) -> dict:
     """Train one batch-top-k SAE per layer with sae_lens's multi-SAE trainer; resumes from the newest checkpoint.
 
-    Returns {"layer_<L>": BatchTopKTrainingSAE}, activation scaling folded in. progress=False hides sae_lens's bars.
+    Returns {"layer_<L>": BatchTopKTrainingSAE}, activation scaling folded in. autocast: to bfloat16, by default
+    where that is native. progress=False hides sae_lens's bars.
     """
     from sae_lens import BatchTopKTrainingSAEConfig, LoggingConfig
     from sae_lens.config import SAETrainerConfig
@@ -96,7 +98,7 @@ def train(
         lr_warm_up_steps=min(200, steps // 10),
         lr_decay_steps=steps // 3,
         device=device,
-        autocast=autocast,
+        autocast=native_bfloat16(device) if autocast is None else autocast,
         dead_feature_window=300,
         n_checkpoints=n_checkpoints,
         checkpoint_path=str(checkpoints),
@@ -171,7 +173,7 @@ def make(
     work: Path,
     out: Path,
     *,
-    autocast: bool = True,
+    autocast: bool | None = None,
     n_checkpoints: int = 10,
 ) -> list[Path]:
     """Run the whole recipe: harvest, train, save, describe; each step resumes in `work`. Returns one folder a layer."""

@@ -337,7 +337,7 @@ def test_gated_repository(hub, monkeypatch):
 
 
 def test_unknown_dtype(hub, monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match=r"expected a torch dtype such as float32 or bfloat16, got 'fp99'"):
+    with pytest.raises(ValueError, match=r"expected auto or a floating dtype of torch such as float32 or bfloat16, got 'fp99'"):
         models.open(local_preset(tmp_path, monkeypatch, hub), dtype="fp99")
 
 
