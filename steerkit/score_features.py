@@ -5,12 +5,12 @@ from itertools import islice
 
 import pandas as pd
 
+from steerkit.harvest import token_rows
 from steerkit.input_scores import collect, input_scores
 from steerkit.models import load_model, preset
 from steerkit.output_scores import lens_tokens, output_scores
 from steerkit.paths import resolve, write_table
 from steerkit.saes import load_sae
-from steerkit.shards import Recipe, token_rows
 from steerkit.success import cooccurrence, sample_features
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = spec.sae_set()
     saes = {layer: load_sae(spec, chosen, layer, hf=model) for layer in args.layers or chosen.layers}
     lens = {layer: lens_tokens(model, sae.W_dec) for layer, sae in saes.items()}
-    text = lambda n: islice(token_rows(args.text, tokenizer, Recipe(layers=tuple(saes))), n)  # noqa: E731
+    text = lambda n: islice(token_rows(args.text, tokenizer), n)  # noqa: E731
     tables, paper = [], {"prompt": "In my experience,", "subtract": True, "keep_error": False}
     for layer, sae in saes.items():
         ours, theirs = (output_scores(model, tokenizer, sae, layer=layer, lens=lens[layer], **how) for how in ({}, paper))
