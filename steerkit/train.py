@@ -238,7 +238,12 @@ def export(
     state["threshold"] = torch.full((d_sae,), l0_threshold(weights, acts, recipe.k)).half()
     cfg = {"architecture": "jumprelu", "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu"}
     cfg |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
-    about = {"training_architecture": "batchtopk", "hook_name": f"blocks.{layer}.hook_resid_post", "recipe": asdict(recipe)}
+    about = {
+        "sae_lens_version": "6.54.12",
+        "training_architecture": "batchtopk",
+        "hook_name": f"blocks.{layer}.hook_resid_post",
+        "recipe": asdict(recipe),
+    }
     write_atomic(path / "sae_weights.safetensors", to_bytes(state))
     write_atomic(path / "cfg.json", json.dumps(cfg | {"metadata": about | (metadata or {})}, indent=1) + "\n")
     return path
