@@ -44,9 +44,16 @@ class BatchTopK:
         self.k, self.dtype, self.scale, self.cut = k, dtype, 1.0, 0.0
 
     def start(self, x: Float[Tensor, "n d_model"]) -> None:
-        """Set the scale and the decoder's bias from a sample of activations."""
+        """Set the scale, the decoder's bias, and the encoder's length so that the first reconstructions fit best."""
         self.scale = x.shape[1] ** 0.5 / float(x.norm(dim=1).mean())
         self.b_dec.copy_(x.mean(0) * self.scale)
+        centred = x[:2048] * self.scale - self.b_dec
+        pre = centred @ self.W_enc
+        z = torch.zeros_like(pre)
+        where = self.active(pre)
+        z.view(-1)[where] = pre.view(-1)[where]
+        guess = z @ self.W_dec
+        self.W_enc *= (centred * guess).sum() / guess.square().sum()
 
     def active(self, pre: Float[Tensor, "n d_sae"]) -> Tensor:
         """Return the flat indices of the k n largest positive entries, searched near the last cut first."""
