@@ -18,6 +18,9 @@ IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JUPYTER_PREFER_ENV_PATH := 1
 export PYTHONUNBUFFERED := 1
+# as in steerkit/__init__.py, for what loads torch first
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: help reproduce model test lab bench publish lint clean
 .DEFAULT_GOAL := help
