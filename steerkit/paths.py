@@ -35,6 +35,17 @@ def shipped(folder: str | Path, preset: str, name: str, *, needed: bool = False)
     return None
 
 
+def check_writable(folder: str | Path) -> None:
+    """Raise OSError unless files can be written into `folder`, which need not exist yet."""
+    wanted = here = resolve(folder)
+    while not here.exists():
+        here = here.parent
+    try:
+        tempfile.TemporaryFile(dir=here).close()
+    except OSError as error:
+        raise OSError(f"expected to write into {wanted}, got {error.strerror}: {here}; free it, or choose another folder") from None
+
+
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
     """Write `content` under a temporary name and rename it, so that a reader never sees half a file."""
     path = Path(path)

@@ -237,21 +237,44 @@ def test_machine_paths_are_found():
     assert found == ["/tmp/pytest-1/x", "/home/ann/x.txt", "/Users/ann/.cache"]
 
 
+def papermill(root, *options):
+    command = [sys.executable, "-m", "papermill", "notebooks/01_a.ipynb", "out.ipynb", "--no-progress-bar", *options]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
 def test_plain_papermill_runs_a_notebook_by_hand(project):
     root = project({"01_a": notebook("01_a", OPEN, METRIC, "book.close()")})
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        "notebooks/01_a.ipynb",
-        "out.ipynb",
-        "-p",
-        "layer",
-        "18",
-        "--no-progress-bar",
-    ]
-    subprocess.run(command, cwd=root, check=True, capture_output=True)
-    assert json.loads((root / "runs/laptop/01_a/results.json").read_text())["layer"]["value"] == 18
+    code, said = papermill(root, "-p", "layer", "18", "-y", "scales: [20.0, 40]")
+    assert code == 0, said
+    assert json.loads((root / "runs/laptop/01_a/results.json").read_text())["layer"] | {"n": 2, "value": 18} == {
+        "value": 18.0, "low": None, "high": None, "n": 2, "unit": ""
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (("-p", "scales", "[20.0, 40.0]"), "parameter `scales`: expected list[float], got '[20.0, 40.0]' (str) (papermill takes a list as"),
+        (("-p", "layer", "18", "-p", "scale", "3"), "unknown parameter `scale`: did you mean `scales`?"),
+        (("-p", "out_dir", "7"), "parameter `out_dir`: expected str, got 7 (int)"),
+    ],
+)
+def test_plain_papermill_checks_its_parameters_too(project, given, words):
+    root = project({"01_a": notebook("01_a", OPEN, "open('reached', 'w').close()", "book.close()")})
+    code, said = papermill(root, *given)
+    assert code == 1 and f"ValueError: {words}" in said
+    assert not (root / "reached").exists() and not (root / "runs").exists()
+
+
+def test_a_parameter_edited_by_hand_is_checked_when_the_book_is_opened(project):
+    """As in JupyterLab: nothing is injected, and the cell itself is wrong."""
+    root = project({"01_a": notebook("01_a", OPEN, "book.close()", parameters=PARAMETERS.replace("[0.0, 1.0]", "'20'"))})
+    code, said = papermill(root)
+    assert code == 1 and "ValueError: parameter `scales`: expected list[float], got '20' (str)\n" in said
+    own = notebook("01_a", "import pathlib\nwhere: pathlib.Path = pathlib.Path('x')", OPEN, "book.close()")
+    nbformat.write(own, root / "notebooks/01_a.ipynb")
+    assert papermill(root)[0] == 0, "a global of another type is no parameter"
 
 
 # ---------------------------------------------------------------------------------------------------- the graph
