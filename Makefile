@@ -81,4 +81,4 @@ lint: $(READY)
 
 clean:
 	rm -rf runs .snakemake .pytest_cache .ruff_cache build dist
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
