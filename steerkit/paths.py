@@ -6,7 +6,18 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "data"
+
+
+def __getattr__(name: str) -> Path:
+    """Return the data folder as `DATA`; a wheel has none, and most of steerkit is nothing without it."""
+    if name != "DATA":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not (ROOT / "data").is_dir():
+        raise ImportError(
+            f"expected the folder data beside steerkit, got none in {ROOT}: a wheel, or `pip install .`, leaves out presets, SAEs "
+            "and concepts. Clone the repository, and call `make reproduce` or `pip install -e .` in it"
+        )
+    return ROOT / "data"
 
 
 def cache_dir() -> Path:

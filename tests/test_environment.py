@@ -112,6 +112,16 @@ def test_environment_yml_gives_conda_users_the_same_versions_and_steerkit(tmp_pa
     assert ours["download_info"] == {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
 
 
+def test_a_wheel_says_that_it_has_no_data(tmp_path):
+    """A wheel installs the package alone. The engine works; what reads data says on import what is missing, and the mend."""
+    shutil.copytree(PROJECT / "steerkit", tmp_path / "steerkit", ignore=shutil.ignore_patterns("__pycache__"))
+    script = "import steerkit.hooks, steerkit.journal, importlib\nfor name in ('presets', 'tasks', 'papers', 'judges'):\n"
+    script += "    try:\n        importlib.import_module('steerkit.' + name)\n    except ImportError as error:\n        print(error)\n"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert len(said) == 4 and all(f"got none in {tmp_path}" in s and "`pip install -e .`" in s for s in said), done.stdout + done.stderr
+
+
 @lru_cache(maxsize=1)
 def owners_of_modules():
     return metadata.packages_distributions()
