@@ -118,7 +118,7 @@ def execute(job: Job, *, overrides: dict | None = None, report: Callable[[str], 
     except Exception as exc:  # a dead kernel, a full disk: whatever ends a run is reported in the same way
         error = f"{type(exc).__name__}: {exc}"
     record |= {"status": "failed" if error else "done", "seconds": round(time.monotonic() - begun, 1)}
-    record["cells"] = cells.before | cells.seconds
+    record["cells"] = cells.before | cells.seconds if cells.before or not error else {}  # never the beginning alone
     if error:
         where = {"cell": cells.number, "of": cells.total, "line": _first_line(cells.source)}
         record["error"] = where | {"what": error[:2000]}

@@ -14,7 +14,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from steerkit import run
-from steerkit.paths import check_writable
+from steerkit.paths import check_writable, write_atomic
 from steerkit.progress import Cells, about
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -329,6 +329,19 @@ def test_the_time_left_is_that_of_the_run_before(project, caplog):
     run.execute(job(root), report=lines.append)
     assert [line.endswith(" s, about 10 s left") for line in lines] == [True] * 4 + [False] * 2, lines
     assert "in all" not in "".join(run.status(run.jobs("laptop", root=root).values())), "nothing is known of 02_b"
+
+
+def test_the_beginning_alone_says_nothing_of_the_time_left(project):
+    root = project({"01_a": notebook("01_a", OPEN, "1 / 0", "book.close()")})
+    assert run.execute(job(root), report=print)["cells"] == {}
+
+
+def test_status_adds_up_the_time_left(project):
+    root = project({"01_a": notebook("01_a"), "02_b": notebook("02_b")})
+    for name in ("01_a", "02_b"):
+        write_atomic(root / "runs/laptop" / name / "status.json", json.dumps({"cells": {"x": 60.0, "y": 40.0}}))
+    every = run.jobs("laptop", root=root)
+    assert run.status(every.values()) == [*(f"[{name}] to run: not run yet (about 2 min)" for name in every), "about 3 min in all"]
 
 
 def test_the_time_left_follows_the_pace(monkeypatch):
