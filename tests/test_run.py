@@ -486,7 +486,9 @@ def test_a_wrong_name_is_found_before_anything_is_set_up(project, tmp_path, give
     assert done.returncode and words in done.stderr and not done.stdout and not (tmp_path / "venv").exists()
 
 
-def test_a_notebook_left_out_of_the_scale_is_found_before_the_model_is_fetched(project):
+def test_a_name_that_the_scale_lacks_is_found_before_the_model_is_fetched(project):
     root = project({"01_a": notebook("01_a"), "02_b": notebook("02_b")}, smoke={"01_a": {}})
-    code, text = reproduce(root, "SCALE=smoke", "NOTEBOOK=2", "model=")
-    assert code and "got `2`: there are 01_a" in text and "Snakefile" not in text
+    code, text = reproduce(root, "SCALE=smoke", "NOTEBOOK=2")
+    assert code and "got `2`: there are 01_a" in text
+    plan = subprocess.run(["make", "--dry-run", "reproduce", "VENV=none-yet"], cwd=PROJECT, capture_output=True, text=True).stdout
+    assert plan.index("scales/laptop.yaml") < plan.index("-m venv none-yet") < plan.index("run status") < plan.index("steerkit.fetch")
