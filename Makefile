@@ -53,8 +53,8 @@ model: $(READY)
 named:
 	@cd '$(PROJECT)/notebooks'; if [ ! -f 'scales/$(SCALE).yaml' ]; then \
 	  echo "SCALE: expected one of" $$(cd scales; ls *.yaml | sed 's/\.yaml$$//')", got $(SCALE)" >&2; exit 2; fi; \
-	for name in '' '$(NOTEBOOK).ipynb' '$(NOTEBOOK)'_*.ipynb '0$(NOTEBOOK)'_*.ipynb; do \
-	  if [ -z '$(NOTEBOOK)' ] || [ -f "$$name" ]; then exit 0; fi; done; \
+	if [ -z '$(NOTEBOOK)' ]; then exit 0; fi; \
+	for name in '$(NOTEBOOK).ipynb' '$(NOTEBOOK)'_*.ipynb '0$(NOTEBOOK)'_*.ipynb; do if [ -f "$$name" ]; then exit 0; fi; done; \
 	echo "NOTEBOOK: expected the name or number of one of" $$(ls *.ipynb | sed 's/\.ipynb$$//')", got $(NOTEBOOK)" >&2; exit 2
 
 planned: $(READY)
