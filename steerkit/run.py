@@ -209,6 +209,16 @@ def _literal(text: str):
         return {"true": True, "false": False, "null": None}.get(text.lower(), text)
 
 
+def _check(job: Job) -> None:
+    """Raise ValueError, with the names of both, if the scale file gives the notebook parameters that it does not take."""
+    import nbformat
+
+    try:
+        check_parameters(parameters(nbformat.read(job.root / job.source, 4)), job.given)
+    except ValueError as exc:
+        raise ValueError(f"notebooks/scales/{job.scale}.yaml, {job.name}: {exc}") from None
+
+
 def _notebook(job: Job, overrides: dict, key: str) -> int:
     record = execute(job, overrides=overrides)
     if error := record.get("error"):
@@ -237,6 +247,8 @@ def _command(args: argparse.Namespace) -> int:
             raise ValueError("name one notebook")
         return _notebook(chosen[0], {name: _literal(value) for name, value in args.p}, args.key)
     if args.command == "status":
+        for job in chosen:
+            _check(job)
         log.info("\n".join(status(chosen)) or f"no notebooks in {args.scale}.yaml")
     elif args.command == "table":
         log.info("\n%s", table(args.scale, root=root))

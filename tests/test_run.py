@@ -161,6 +161,13 @@ def test_wrong_values_stop_the_command_before_anything_runs(project, caplog):
     assert "layr" in run.table("smoke", root=root)
 
 
+def test_a_scale_file_is_checked_whole_before_the_first_notebook_runs(project, caplog):
+    root = project({"01_a": notebook("01_a"), "02_b": notebook("02_b")}, smoke={"01_a": {}, "02_b": {"scales": 3}})
+    assert run.main(["status", "--root", str(root)]) == 0
+    assert run.main(["status", "--scale", "smoke", "--root", str(root)]) == 2
+    assert "notebooks/scales/smoke.yaml, 02_b: parameter `scales`: expected list[float], got 3 (int)" in caplog.text
+
+
 # ---------------------------------------------------------------------------------------------------- one run
 def test_a_run_is_stamped_and_published_and_the_stamp_finds_every_change(project):
     where = "import os, sys\nfrom pathlib import Path\nPath(out_dir).mkdir(parents=True, exist_ok=True)\n"
