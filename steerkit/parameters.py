@@ -113,5 +113,5 @@ def check_kernel() -> None:
     try:
         check_parameters(declared, {name: shell.user_ns[name] for name in [*declared, *sorted(injected)]})
     except ValueError as exc:
-        how = " (papermill takes a list as -y 'name: [1, 2]', text that looks like a number as -r name text)" if injected & set(declared) else ""
-        raise ValueError(f"{exc}{how}") from None
+        how = " (papermill takes a list as -y 'name: [1, 2]', text that looks like a number as -r name text)"
+        raise ValueError(f"{exc}{how if injected & set(declared) else ''}") from None
