@@ -16,8 +16,8 @@ ELSEWHERE = {"_name_or_path", "transformers_version", "device", "metadata"}
 def fingerprint(*parts) -> str:
     """Return 16 hex digits that differ when any part differs: models and SAEs by their weights and settings, the rest by value.
 
-    Every number of a weight counts, as sums over blocks of a kilobyte, which is as fast as reading them. Python and numpy
-    numbers of one value are one; dtypes of tensors count. Raises TypeError for what has no value of its own, a function say.
+    Every number of a weight counts, as sums over blocks of a kilobyte, which is as fast as reading them. A numpy number is
+    the Python number; dtypes of tensors count. Raises TypeError for what has no value of its own, a function say.
 
     >>> fingerprint([1, 2.0], torch.ones(2)) == fingerprint([1, 2.0], torch.ones(2)) != fingerprint([1, 2.5], torch.ones(2))
     True
@@ -43,6 +43,7 @@ def fingerprint(*parts) -> str:
         elif callable(value) and not isinstance(value, nn.Module):
             raise TypeError(f"fingerprint: expected values, models and SAEs, got {value!r}: give what it was made from")
         else:
+            value = getattr(value, "_orig_mod", value)  # compiled: the same weights
             if id(value) not in known:  # an SAE may come with every arm
                 own = hashlib.sha256(type(value).__qualname__.encode())
                 feed(own, _module(value) if isinstance(value, nn.Module) else vars(value))
@@ -56,7 +57,6 @@ def fingerprint(*parts) -> str:
 
 def _module(module: nn.Module) -> list:
     """Return what determines a model or an SAE: its settings, parameters and buffers."""
-    module = getattr(module, "_orig_mod", module)  # compiled: the same weights
     settings = getattr(module, "cfg", None) or getattr(module, "config", None)
     settings = settings.to_dict() if hasattr(settings, "to_dict") else {}
     settings = json.dumps({k: v for k, v in settings.items() if k not in ELSEWHERE}, sort_keys=True, default=str)

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from steerkit.features import lens_logits, residuals
-from steerkit.generate import prompt_ids
 from steerkit.packed import packed_linears
 from steerkit.partial import starting_from
+from steerkit.tokens import prompt_ids
 
 PROMPT = "From my experience,"  # as released, and behind the published numbers; the text of the paper says "In my experience,"
 

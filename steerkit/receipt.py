@@ -33,7 +33,9 @@ class Receipt:
             self.tokens, self.ratios = [{} for _ in range(len(real))], {}
             self.n_pads = (~real).sum(1).tolist()
         if len(real) != len(self.tokens):
-            raise ValueError(f"receipt: expected {len(self.tokens)} rows as in the prompt's call, got {len(real)}: open one context a batch")
+            raise ValueError(
+                f"receipt: expected {len(self.tokens)} rows as in the prompt's call, got {len(real)}: open one context a batch"
+            )
         position = (start[:, None] + real.long().cumsum(1) - 1).tolist()
         self._call, self._real = position, real
         ids = ids.tolist() if ids is not None else [[-1] * real.shape[1]] * len(real)
