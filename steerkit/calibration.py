@@ -14,7 +14,7 @@ from steerkit.tokens import bare_ids, first_tokens
 
 
 def calibration_rows(tokenizer, text: str, *, rows: int, length: int = 32) -> Int[Tensor, "rows length"]:
-    """Return rows of `length` tokens cut from a text at even distances, each with the beginning-of-text token in front, where there is one."""
+    """Return rows of `length` tokens cut at even distances from a text, each with the beginning-of-text token (if any) in front."""
     first = first_tokens(tokenizer)
     length -= len(first)
     ids = torch.tensor(bare_ids(tokenizer, text))

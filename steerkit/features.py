@@ -149,7 +149,10 @@ def lens_logits(model: nn.Module, directions: Float[Tensor, "n d_model"], *, chu
     norm = next(m for name, m in model.base_model.named_children() if name in ("norm", "ln_f", "final_layer_norm"))
     with packed_linears(model):
         for part in directions.split(chunk):
-            yield model.get_output_embeddings()(norm(part.to(model.device, model.dtype))).float()
+            logits = model.get_output_embeddings()(norm(part.to(model.device, model.dtype))).float()
+            if not torch.isfinite(logits.amax(-1)).all():
+                raise ValueError(f"directions: expected finite logits, got NaN or infinity in {model.dtype}: open the model in float32")
+            yield logits
 
 
 @torch.inference_mode()

@@ -63,7 +63,8 @@ def score_texts(
 ) -> pd.DataFrame:
     """Return what `score` says of each row, its columns with those of `texts`, `part` rows at a time.
 
-    by: a fingerprint of what scores, beside the texts: a model, fitted numbers. out: where the texts themselves are kept; if "{key}" is in it, finished parts stay in a file beside them.
+    by: a fingerprint of what scores the texts: a model, fitted numbers. out: where the texts themselves are kept; if "{key}" is
+    in it, finished parts stay in a file beside them.
     """
     key = fingerprint(by, list(texts), pd.util.hash_pandas_object(texts.astype(str), index=False).to_numpy())
     path = str(out).replace("{key}", f"{name}-{key}") if out and "{key}" in str(out) else None

@@ -11,7 +11,7 @@ import pandas as pd
 from steerkit import corrsteer
 from steerkit.corrsteer import Pick, ser
 from steerkit.finetune import lora
-from steerkit.fingerprint import fingerprint
+from steerkit.fingerprint import fingerprint as key_of
 from steerkit.generate import BASELINE, Arm, generate
 from steerkit.journal import Journal
 from steerkit.nulls import permutation_null, shuffled
@@ -115,13 +115,8 @@ def ask(
 
     Steering acts on the last prompt token and all new ones, as released. allowed: constrained decoding. `out` as in `generate`.
     """
-    settings = {
-        "temperature": 0.0,
-        "max_new_tokens": task.max_new_tokens,
-        "stop": stop_tokens(loaded.tokenizer, loaded.hf),
-        "allowed": allowed,
-    }
-    settings |= {"window": "last", "chat": task.chat, "batch_size": batch_size, "out": out, "progress": progress}
+    settings = {"temperature": 0.0, "max_new_tokens": task.max_new_tokens, "stop": stop_tokens(loaded.tokenizer, loaded.hf)}
+    settings |= {"allowed": allowed, "window": "last", "chat": task.chat, "batch_size": batch_size, "out": out, "progress": progress}
     texts = generate(loaded.hf, loaded.tokenizer, [q.prompt for q in questions], arms, **settings)
     asked = np.repeat(np.arange(len(questions)), len(arms))
     rows, grader = _graded(task, texts.text.tolist(), [questions[q] for q in asked])
@@ -241,7 +236,7 @@ def rivals(
 def _tuned(loaded, found: Trial, *, epochs: float, batch_size: int, out: str | Path | None) -> pd.DataFrame:
     """Return the test answers of the model fine-tuned on the selection questions; they are kept, the tuned model is not."""
     task, rules = found.task, lora.__kwdefaults__
-    key = fingerprint(loaded.hf, task.name, task.chat, task.max_new_tokens, found.asked, found.test, found.seed, epochs, rules, batch_size)
+    key = key_of(loaded.hf, task.name, task.chat, task.max_new_tokens, found.asked, found.test, found.seed, epochs, rules, batch_size)
     journal = Journal(Path(out) / f"lora-{key}.jsonl" if out else None, key)
     if not journal.has(range(len(found.test))):
         tuned = lora(loaded.hf, loaded.tokenizer, found.asked, chat=found.task.chat, epochs=epochs, seed=found.seed)
