@@ -204,6 +204,7 @@ def measure(
 
     Raises ValueError for scales that are not finite and positive, sizes that do not fit, or an `out` of another run.
     """
+    vectors, scales = (x if isinstance(x, Tensor) else torch.tensor(np.asarray(x)) for x in (vectors, scales))
     if len(scales) != len(vectors) or not (torch.isfinite(scales) & (scales > 0)).all():
         raise ValueError(f"scales: expected {len(vectors)} finite numbers above 0, got {scales.tolist()[:8]}...")
     vectors = nn.functional.normalize(vectors.float(), dim=-1)

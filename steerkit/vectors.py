@@ -132,7 +132,7 @@ class SteeringVector:
 
 
 def sae_row(
-    sae, features: SupportsIndex | Iterable[SupportsIndex] | Mapping, *, layer: int, preset: str, name: str | None = None
+    sae, features: SupportsIndex | Iterable[SupportsIndex] | Mapping, *, layer: SupportsIndex, preset: str, name: str | None = None
 ) -> SteeringVector:
     """Return the SAE decoder row of a feature, or the weighted sum of several, normalised (SAE-TS section 5, baseline "SAE").
 
@@ -193,7 +193,7 @@ def caa(
     return SteeringVector(name, mean(positive) - mean(negative), layer, preset, made)
 
 
-def random_direction(d_model: int, *, layer: int, preset: str, seed: SupportsIndex = 0) -> SteeringVector:
+def random_direction(d_model: int, *, layer: SupportsIndex, preset: str, seed: SupportsIndex = 0) -> SteeringVector:
     """Return a direction drawn uniformly from the sphere: the control of equal norm."""
     seed = whole("seed", seed)
     draw = torch.randn(d_model, generator=torch.Generator().manual_seed(seed))
