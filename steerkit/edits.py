@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from steerkit.inputs import per_row, tensor, whole
+from steerkit.inputs import Array, Number, Whole, per_row, tensor, whole
 
 
 def _direction(name: str, vector) -> Tensor:
@@ -42,9 +42,9 @@ class Add:
     [[3.0, 3.0]]
     """
 
-    layer: int
-    vector: Float[Tensor, "*rows d_model"]
-    scale: float | Float[Tensor, " rows"] = 1.0
+    layer: Whole
+    vector: Float[Tensor, "*rows d_model"] | Array
+    scale: Number | Float[Tensor, " rows"] | Array = 1.0
 
     def __post_init__(self) -> None:
         vector = _direction("Add.vector", self.vector)
@@ -76,10 +76,10 @@ class Boost:
     Equal to encode, add s * a_max to feature i, decode, add the reconstruction error back.
     """
 
-    layer: int
+    layer: Whole
     sae: nn.Module
-    feature: int | Int[Tensor, " rows"]
-    factor: float | Float[Tensor, " rows"] = 10.0
+    feature: Whole | Int[Tensor, " rows"] | Array
+    factor: Number | Float[Tensor, " rows"] | Array = 10.0
 
     def __post_init__(self) -> None:
         feature = per_row("Boost.feature", self.feature)
@@ -113,8 +113,8 @@ class Boost:
 class Ablate:
     """Remove a direction: h' = h - (h . u) u, with u the unit vector along `vector`, [d_model] or [rows, d_model]."""
 
-    layer: int
-    vector: Float[Tensor, "*rows d_model"]
+    layer: Whole
+    vector: Float[Tensor, "*rows d_model"] | Array
     strict: bool = True  # False lets a zero row stand for "this row is left alone"
 
     def __post_init__(self) -> None:

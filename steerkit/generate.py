@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import SupportsFloat
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ from torch import nn
 from steerkit.decode import NotFinite, Sampling, decode
 from steerkit.fingerprint import fingerprint
 from steerkit.hooks import Ablate, Add, Boost, Edit, check_edits
-from steerkit.inputs import number, strings
+from steerkit.inputs import Number, number, strings
 from steerkit.journal import Journal
 from steerkit.progress import bar
 from steerkit.tokens import prompt_ids, stop_tokens
@@ -27,8 +26,8 @@ class Arm:
     """One way to steer: a name, the edits applied together (none for the baseline), and a scale to tabulate by."""
 
     name: str
-    edits: tuple[Edit, ...] = ()
-    scale: float = 0.0
+    edits: tuple[Edit, ...] | list[Edit] | Edit = ()
+    scale: Number = 0.0
 
     def __post_init__(self) -> None:
         edits = (self.edits,) if isinstance(self.edits, Edit) else tuple(self.edits)
@@ -39,7 +38,7 @@ class Arm:
 BASELINE = Arm("baseline")
 
 
-def grid(vectors: Iterable, scales: Iterable[SupportsFloat]) -> list[Arm]:
+def grid(vectors: Iterable, scales: Iterable[Number]) -> list[Arm]:
     """Return one arm for each steering vector and scale (scale = norm of what is added, in residual units)."""
     scales = [number("scales", scale) for scale in scales]
     return [Arm(v.name, (v.edit(scale),), scale) for v in vectors for scale in scales]

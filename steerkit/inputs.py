@@ -3,14 +3,18 @@
 import math
 import operator
 from collections.abc import Iterable
-from typing import SupportsFloat, SupportsIndex
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
+Whole = int | np.integer
+Number = float | np.number
+Array = np.ndarray | pd.Series | list | tuple  # beside tensors
 
-def number(name: str, value: SupportsFloat) -> float:
+
+def number(name: str, value: Number | Tensor) -> float:
     """Return a Python float; ValueError for NaN or infinity, which would become text later."""
     value = float(value)
     if not math.isfinite(value):
@@ -18,7 +22,7 @@ def number(name: str, value: SupportsFloat) -> float:
     return value
 
 
-def whole(name: str, value: SupportsIndex) -> int:
+def whole(name: str, value) -> int:
     """Return a Python int; ValueError for what is not a whole number, such as None."""
     try:
         return operator.index(value.item() if isinstance(value, np.ndarray | Tensor) else value)

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import SupportsFloat, SupportsIndex
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from steerkit.edits import Ablate, Add
 from steerkit.features import ordinary_positions, residuals, token_batches
-from steerkit.inputs import jsonable, number, strings, tensor, whole
+from steerkit.inputs import Array, Number, Whole, jsonable, number, strings, tensor, whole
 from steerkit.paths import write_atomic
 
 
@@ -35,11 +34,11 @@ class SteeringVector:
     """
 
     name: str
-    direction: Float[Tensor, " d_model"]
-    layer: int
+    direction: Float[Tensor, " d_model"] | Array
+    layer: Whole
     preset: str
     made: dict = field(default_factory=dict)
-    weight: float = 1.0
+    weight: Number = 1.0
 
     def __post_init__(self) -> None:
         given = self.direction if isinstance(self.direction, Tensor) else tensor(self.name, self.direction)
@@ -63,7 +62,7 @@ class SteeringVector:
 
     __array_ufunc__ = None  # a numpy number times a vector asks the vector
 
-    def edit(self, scale: SupportsFloat) -> Add:
+    def edit(self, scale: Number) -> Add:
         """Return the edit that adds this vector with norm `scale` x `weight`, in residual units."""
         return Add(self.layer, self.direction, number(f"{self.name}: scale", scale) * self.weight)
 
@@ -71,7 +70,7 @@ class SteeringVector:
         """Return the edit that removes this direction."""
         return Ablate(self.layer, self.direction)
 
-    def __mul__(self, factor: SupportsFloat) -> "SteeringVector":
+    def __mul__(self, factor: Number) -> "SteeringVector":
         factor = number(f"{self.name}: factor", factor)
         sign = 1 if factor >= 0 else -1
         return replace(self, direction=sign * self.direction, weight=abs(factor) * self.weight, name=f"{factor:g} {self.name}")
@@ -131,9 +130,7 @@ class SteeringVector:
             raise ValueError(f"{path}: expected a steering vector written by SteeringVector.save, got {error}: make it again") from error
 
 
-def sae_row(
-    sae, features: SupportsIndex | Iterable[SupportsIndex] | Mapping, *, layer: SupportsIndex, preset: str, name: str | None = None
-) -> SteeringVector:
+def sae_row(sae, features: Whole | Iterable[Whole] | Mapping, *, layer: Whole, preset: str, name: str | None = None) -> SteeringVector:
     """Return the SAE decoder row of a feature, or the weighted sum of several, normalised (SAE-TS section 5, baseline "SAE").
 
     v = norm(sum_i w_i W_dec[i]). features: one, several of weight 1, or weights by feature (a dict or a pandas Series).
@@ -193,7 +190,7 @@ def caa(
     return SteeringVector(name, mean(positive) - mean(negative), layer, preset, made)
 
 
-def random_direction(d_model: int, *, layer: SupportsIndex, preset: str, seed: SupportsIndex = 0) -> SteeringVector:
+def random_direction(d_model: int, *, layer: Whole, preset: str, seed: Whole = 0) -> SteeringVector:
     """Return a direction drawn uniformly from the sphere: the control of equal norm."""
     seed = whole("seed", seed)
     draw = torch.randn(d_model, generator=torch.Generator().manual_seed(seed))
