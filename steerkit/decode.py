@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from steerkit.attention import grouped_attention
 from steerkit.hooks import Edit, Steering, attached, residual_blocks
-from steerkit.inputs import number, whole
+from steerkit.inputs import Number, Whole, number, whole
 from steerkit.packed import packed_linears
 from steerkit.receipt import Tally
 
@@ -24,14 +24,14 @@ class Sampling:
     stop and allowed are sets: they are kept in the order of their ids, so that equal settings have equal keys.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 32
-    stop: tuple[int, ...] = ()
-    seed: int = 0
+    temperature: Number = 1.0
+    top_k: Whole = 0
+    top_p: Number = 1.0
+    max_new_tokens: Whole = 32
+    stop: tuple[Whole | None, ...] = ()
+    seed: Whole = 0
     keep_stop: bool = False
-    allowed: tuple[int, ...] = ()
+    allowed: tuple[Whole, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("stop", "allowed"):

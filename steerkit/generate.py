@@ -13,7 +13,7 @@ from torch import nn
 from steerkit.decode import NotFinite, Sampling, decode
 from steerkit.fingerprint import fingerprint
 from steerkit.hooks import Ablate, Add, Boost, Edit, check_edits
-from steerkit.inputs import Number, number, strings
+from steerkit.inputs import Number, Whole, number, strings, whole
 from steerkit.journal import Journal
 from steerkit.progress import bar
 from steerkit.tokens import prompt_ids, stop_tokens
@@ -78,18 +78,18 @@ def generate(
     prompts: Iterable[str],
     arms: Sequence[Arm] = (BASELINE,),
     *,
-    samples: int = 1,
-    max_new_tokens: int = 32,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop: Sequence[int] = (),
+    samples: Whole = 1,
+    max_new_tokens: Whole = 32,
+    temperature: Number = 1.0,
+    top_k: Whole = 0,
+    top_p: Number = 1.0,
+    stop: Iterable = (),
     keep_stop: bool = False,
-    allowed: Sequence[int] = (),
+    allowed: Iterable[Whole] = (),
     window: str = "all",
     skip_first: bool = False,
-    seed: int = 0,
-    batch_size: int = 64,
+    seed: Whole = 0,
+    batch_size: Whole = 64,
     chat: bool = False,
     out: str | Path | None = None,
     progress: bool = True,
@@ -113,6 +113,7 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(stop), seed, keep_stop, tuple(allowed))
     prompts, arms = strings("prompts", prompts), list(arms)
+    samples, batch_size = whole("samples", samples), whole("batch_size", batch_size)
     if samples < 1 or batch_size < 1 or not prompts or not arms:
         raise ValueError(
             f"expected at least one prompt, arm, sample and batch row, got {len(prompts)}, {len(arms)}, {samples}, {batch_size}"

@@ -235,8 +235,8 @@ def rivals(
 
 def _tuned(loaded, found: Trial, *, epochs: float, batch_size: int, out: str | Path | None) -> pd.DataFrame:
     """Return the test answers of the model fine-tuned on the selection questions; they are kept, the tuned model is not."""
-    task, rules = found.task, lora.__kwdefaults__
-    key = key_of(loaded.hf, task.name, task.chat, task.max_new_tokens, found.asked, found.test, found.seed, epochs, rules, batch_size)
+    task, rules = replace(found.task, parts={}), lora.__kwdefaults__
+    key = key_of(loaded.hf, task, found.asked, found.test, found.seed, epochs, rules, batch_size)
     journal = Journal(Path(out) / f"lora-{key}.jsonl" if out else None, key)
     if not journal.has(range(len(found.test))):
         tuned = lora(loaded.hf, loaded.tokenizer, found.asked, chat=found.task.chat, epochs=epochs, seed=found.seed)

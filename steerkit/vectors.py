@@ -62,7 +62,7 @@ class SteeringVector:
 
     __array_ufunc__ = None  # a numpy number times a vector asks the vector
 
-    def edit(self, scale: Number) -> Add:
+    def edit(self, scale: Number | Tensor) -> Add:
         """Return the edit that adds this vector with norm `scale` x `weight`, in residual units."""
         return Add(self.layer, self.direction, number(f"{self.name}: scale", scale) * self.weight)
 
@@ -70,7 +70,7 @@ class SteeringVector:
         """Return the edit that removes this direction."""
         return Ablate(self.layer, self.direction)
 
-    def __mul__(self, factor: Number) -> "SteeringVector":
+    def __mul__(self, factor: Number | Tensor) -> "SteeringVector":
         factor = number(f"{self.name}: factor", factor)
         sign = 1 if factor >= 0 else -1
         return replace(self, direction=sign * self.direction, weight=abs(factor) * self.weight, name=f"{factor:g} {self.name}")
@@ -130,7 +130,7 @@ class SteeringVector:
             raise ValueError(f"{path}: expected a steering vector written by SteeringVector.save, got {error}: make it again") from error
 
 
-def sae_row(sae, features: Whole | Iterable[Whole] | Mapping, *, layer: Whole, preset: str, name: str | None = None) -> SteeringVector:
+def sae_row(sae, features: Whole | Tensor | Iterable | Mapping, *, layer: Whole, preset: str, name: str | None = None) -> SteeringVector:
     """Return the SAE decoder row of a feature, or the weighted sum of several, normalised (SAE-TS section 5, baseline "SAE").
 
     v = norm(sum_i w_i W_dec[i]). features: one, several of weight 1, or weights by feature (a dict or a pandas Series).
@@ -158,7 +158,7 @@ def caa(
     positive: Iterable[str],
     negative: Iterable[str],
     *,
-    layer: int,
+    layer: Whole,
     preset: str,
     name: str = "CAA",
     outlier: float = 10.0,
@@ -170,6 +170,7 @@ def caa(
     SAE-TS averages over the beginning-of-text token too (include_first=True). Where that token's norm is a hundred
     times the others', as in the embedded model, it would turn prompt length into the main difference; hence the default.
     """
+    layer = whole("layer", layer)
     positive, negative = strings("positive", positive), strings("negative", negative)
     if not positive or not negative:
         raise ValueError(f"expected at least one positive and one negative prompt, got {len(positive)} and {len(negative)}")

@@ -488,6 +488,6 @@ def test_numbers_of_numpy_and_pandas_give_what_pythons_give(tmp_path):
 
 
 def test_one_string_is_not_a_list_of_letters_and_a_gap_is_no_prompt():
-    for prompts, message in (("I think", "put it in a list"), (pd.Series(["So", None]), "expected strings, got None")):
+    for prompts, message in (("I think", "put it in a list"), (pd.Series(["So", np.nan]), "expected strings, got")):
         with pytest.raises(ValueError, match=message):
             generate(tiny.model("llama"), tiny.tokenizer(), prompts, progress=False)
