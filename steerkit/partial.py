@@ -62,8 +62,8 @@ def steered_token_losses(
         losses = losses.view(len(part), len(ids), -1)
         if len(lost := (~torch.isfinite(losses)).any(-1).nonzero()):
             step, row = lost[0].tolist()
+            push = f"row {row} of its batch, a push of norm {float(steps[part[step]].norm()):g} after layer {layer}"
             raise ValueError(
-                f"row {row}, a push of norm {float(steps[part[step]].norm()):g} after layer {layer}: expected finite losses, got NaN or "
-                f"infinity in {resid.dtype}: lower the scale, or open the model in float32"
+                f"{push}: expected finite losses, got NaN or infinity in {resid.dtype}: lower the scale, or open the model in float32"
             )
         yield part, losses
