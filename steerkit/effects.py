@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from steerkit.decode import Sampling, Watch, decode
+from steerkit.decode import NotFinite, Sampling, Watch, decode
 from steerkit.features import ordinary_positions, residuals
 from steerkit.fingerprint import fingerprint
 from steerkit.hooks import Add
@@ -130,7 +130,12 @@ def text_features(
             rows = [((number + v) * len(starts) + p) * scheme.samples + s for v, p, s in batch]
             arm = [(v, tuple(starts[p])) for v, p, _ in batch]
             edits = [] if vectors is None else [Add(layer, vectors[which], scales[which])]
-            ids, tail = _rollouts(model, [starts[p] for _, p, _ in batch], edits, layer, scheme, rows=rows, arm=arm, shared=arm)
+            try:
+                ids, tail = _rollouts(model, [starts[p] for _, p, _ in batch], edits, layer, scheme, rows=rows, arm=arm, shared=arm)
+            except NotFinite as error:
+                lost = {batch[r][0] for r in error.rows}
+                named = ", ".join(f"vector {first + v}" + (f" at scale {float(scales[v]):g}" if edits else "") for v in sorted(lost)[:4])
+                raise ValueError(f"{named}: {error.what}: lower the scale, or open the model in float32") from error
             resid = torch.cat([head[[mine.index(p) for _, p, _ in batch]], tail], 1)
             acts, kept = _activations(sae, ids, resid, layer, tokenizer.all_special_ids, scheme)
             cell = (which.to(device), torch.tensor([p % 2 for _, p, _ in batch], device=device))

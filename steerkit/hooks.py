@@ -210,12 +210,15 @@ class Steering:
                 raise RuntimeError("the block ran outside its model, so its positions are unknown: call the model, not the block")
             resid = output[0] if isinstance(output, tuple) else output
             selected = self.selected.to(resid.device)
-            if not selected.any():
+            columns = selected.any(0).tolist()
+            if True not in columns:
                 return None
-            steered = resid
+            at = columns.index(True)  # what comes before is not even read: a long prompt in front of a window costs nothing
+            inside, steered = selected[:, at:, None], resid[:, at:]
             for edit in self.edits:
                 if edit.layer == layer:
-                    steered = torch.where(selected[..., None], steered + edit.delta(steered), steered)
+                    steered = torch.where(inside, steered + edit.delta(steered), steered)
+            steered = torch.cat([resid[:, :at], steered], 1) if at else steered
             if self.receipt is not None:
                 self.receipt.add(layer, resid, steered)
             return (steered, *output[1:]) if isinstance(output, tuple) else steered

@@ -304,3 +304,9 @@ def test_kept_parts_belong_to_one_sae_one_tokenizer_and_one_way_to_cut(tmp_path,
         tok.bos_token = "<eos>"
     with pytest.raises(ValueError, match="other vectors, scales or settings"):
         measure(model, tok, sae, vectors(4), torch.full((4,), 3.0), **settings)
+
+
+def test_rollouts_that_are_not_finite_name_vector_scale_and_dtype():
+    model, tok, sae = tiny.model("llama").half(), tiny.tokenizer(), tiny.planted_sae()
+    with pytest.raises(ValueError, match=r"^vector 1 at scale 1e\+06: .*torch.float16"):
+        measure(model, tok, sae, vectors(2), torch.tensor([3.0, 1e6]), layer=1, scheme=SHORT, baseline=torch.zeros(2 * tiny.D_MODEL))
