@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from steerkit.hooks import eager, residual_blocks
-from steerkit.inputs import strings
+from steerkit.inputs import strings, tensor
 from steerkit.packed import packed_linears
 from steerkit.tokens import text_ids
 
@@ -137,7 +137,7 @@ def separating(
     >>> separating(torch.tensor([[5.0, 9.0], [1.0, 9.0]]), torch.tensor([[0.0, 8.0], [0.0, 8.0]]), k=1).tolist()
     [0]
     """
-    gap = (positive.mean(0) - negative.mean(0)).masked_fill((negative > 0).float().mean(0) > max_share, -torch.inf)
+    gap = tensor("feature means", positive.mean(0) - negative.mean(0)).masked_fill((negative > 0).float().mean(0) > max_share, -torch.inf)
     return gap.topk(min(k, len(gap))).indices
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from steerkit.edits import Ablate, Add, Boost, Edit, on
-from steerkit.inputs import per_row
+from steerkit.inputs import Array, Whole, per_row
 from steerkit.receipt import Receipt
 
 __all__ = ["Ablate", "Add", "Boost", "Edit", "residual_blocks", "steering"]
@@ -84,7 +84,7 @@ def steering(
     *,
     window: str = "all",
     skip_first: bool = False,
-    prompt_length: Int[Tensor, " batch"] | int | None = None,
+    prompt_length: Whole | Int[Tensor, " batch"] | Array | None = None,
     record: bool = True,
     tokenizer=None,
 ) -> Iterator[Receipt]:
