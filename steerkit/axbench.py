@@ -16,6 +16,7 @@ from steerkit.generate import Arm, generate
 from steerkit.judges.coherence import judge_pairs
 from steerkit.judges.concept import concept_judge
 from steerkit.judges.related import related_judge
+from steerkit.tokens import stop_tokens
 
 SCORES = ["concept", "instruct", "fluency"]
 
@@ -64,7 +65,7 @@ def steer(
     keys (prompting); the judges see the plain instruction. Sampling is AxBench's: chat template, temperature 1.
     """
     settings = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size, "chat": True, "progress": progress}
-    settings |= {"stop": [loaded.tokenizer.eos_token_id], "window": window}
+    settings |= {"stop": stop_tokens(loaded.tokenizer, loaded.hf), "window": window}
     keys, prefix = list(arms), prefix or {}
     tables = []
     for put in sorted({prefix.get(key, "") for key in keys}):

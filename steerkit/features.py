@@ -1,13 +1,15 @@
 """SAE features of text: residual streams, encoding, pooling over tokens, density, logit lens, top contexts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from steerkit.hooks import residual_blocks
+from steerkit.hooks import eager, residual_blocks
+from steerkit.inputs import strings, tensor
 from steerkit.packed import packed_linears
+from steerkit.tokens import text_ids
 
 
 class _Stop(Exception):
@@ -42,7 +44,8 @@ def residuals(
     mask = torch.ones_like(ids) if mask is None else mask
     position = (mask.long().cumsum(1) - 1).clamp_min(0)
     try:
-        model.base_model(input_ids=ids, attention_mask=mask.long(), position_ids=position, use_cache=False)
+        with eager():
+            model.base_model(input_ids=ids, attention_mask=mask.long(), position_ids=position, use_cache=False)
     except _Stop:
         pass
     finally:
@@ -73,16 +76,15 @@ def ordinary_positions(
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     keep = real & (real.long().cumsum(1) > 1) & ~torch.isin(ids, torch.tensor(list(special), device=ids.device))
     for acts in resid.values():
-        norm = acts.float().norm(dim=-1)
+        norm = acts.float().norm(dim=-1).to(keep.device)
         if keep.any():
             keep &= norm <= outlier * norm[keep].median()
     return keep
 
 
-def token_batches(tokenizer, texts: Sequence[str], *, batch_size: int = 32, max_tokens: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
+def token_batches(tokenizer, texts: Iterable[str], *, batch_size: int = 32, max_tokens: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (ids, mask) of texts in their order, each with the beginning-of-text token first, padded on the right."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = [(bos + tokenizer(text, add_special_tokens=False)["input_ids"])[:max_tokens] for text in texts]
+    rows = [text_ids(tokenizer, text)[:max_tokens] for text in strings("texts", texts)]
     pad = tokenizer.pad_token_id or 0
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
@@ -98,7 +100,7 @@ def feature_means(
     model: nn.Module,
     tokenizer,
     sae,
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     layer: int,
     outlier: float = 10.0,
@@ -119,8 +121,9 @@ def feature_means(
         ids, mask = ids.to(model.device), mask.to(model.device)
         resid = residuals(model, ids, mask, layers=[layer])
         keep = mask.bool() if include_first else ordinary_positions(ids, mask, resid, special=tokenizer.all_special_ids, outlier=outlier)
-        acts = sae.encode(resid[layer].to(sae.dtype)) * keep[..., None]
-        out.append((acts.sum(1) / keep.sum(1, keepdim=True).clamp_min(1)).cpu())
+        acts = sae.encode(resid[layer].to(sae.W_dec.device, sae.dtype))
+        keep = keep.to(acts.device)
+        out.append(((acts * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp_min(1)).cpu())
     return torch.cat(out)
 
 
@@ -134,7 +137,7 @@ def separating(
     >>> separating(torch.tensor([[5.0, 9.0], [1.0, 9.0]]), torch.tensor([[0.0, 8.0], [0.0, 8.0]]), k=1).tolist()
     [0]
     """
-    gap = (positive.mean(0) - negative.mean(0)).masked_fill((negative > 0).float().mean(0) > max_share, -torch.inf)
+    gap = tensor("feature means", positive.mean(0) - negative.mean(0)).masked_fill((negative > 0).float().mean(0) > max_share, -torch.inf)
     return gap.topk(min(k, len(gap))).indices
 
 
@@ -146,7 +149,10 @@ def lens_logits(model: nn.Module, directions: Float[Tensor, "n d_model"], *, chu
     norm = next(m for name, m in model.base_model.named_children() if name in ("norm", "ln_f", "final_layer_norm"))
     with packed_linears(model):
         for part in directions.split(chunk):
-            yield model.get_output_embeddings()(norm(part.to(model.device, model.dtype))).float()
+            logits = model.get_output_embeddings()(norm(part.to(model.device, model.dtype))).float()
+            if not torch.isfinite(logits.amax(-1)).all():
+                raise ValueError(f"directions: expected finite logits, got NaN or infinity in {model.dtype}: open the model in float32")
+            yield logits
 
 
 @torch.inference_mode()

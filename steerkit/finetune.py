@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from steerkit.generate import prompt_ids
 from steerkit.progress import bar
 from steerkit.questions import Question
+from steerkit.tokens import closing_tokens, prompt_ids
 
 
 def target(question: Question) -> str:
@@ -45,7 +45,8 @@ def lora(
 
     if not questions:
         raise ValueError("expected at least one question to learn from, got none")
-    rows = [_row(tokenizer, question, chat) for question in questions]
+    end = closing_tokens(tokenizer, model, chat=chat)
+    rows = [_row(tokenizer, question, chat, end) for question in questions]
     rng, steps = np.random.default_rng(seed), max(1, round(epochs * len(rows) / batch_size))
     order = [i for _ in range(int(np.ceil(epochs)) + 1) for i in _epoch(rows, rng, 16 * batch_size)]
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -69,11 +70,11 @@ def lora(
     return tuned.merge_and_unload().eval()
 
 
-def _row(tokenizer, question: Question, chat: bool) -> tuple[list[int], int]:
+def _row(tokenizer, question: Question, chat: bool, end: list[int]) -> tuple[list[int], int]:
     """Return the ids of prompt, answer and end of text, and where the answer starts."""
     asked = prompt_ids(tokenizer, question.prompt, chat=chat)
     answer = tokenizer(target(question).strip() if chat else target(question), add_special_tokens=False)["input_ids"]
-    return [*asked, *answer, tokenizer.eos_token_id], len(asked)
+    return [*asked, *answer, *end], len(asked)
 
 
 def _epoch(rows: Sequence[tuple[list[int], int]], rng: np.random.Generator, block: int) -> list[int]:

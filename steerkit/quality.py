@@ -13,7 +13,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from steerkit.features import next_token_losses, ordinary_positions, residuals, top_contexts
-from steerkit.hooks import residual_blocks
+from steerkit.hooks import eager, residual_blocks
 from steerkit.paths import DATA, resolve, write_atomic
 from steerkit.stats import bootstrap
 
@@ -134,7 +134,8 @@ def _replaced(model: nn.Module, layer: int, other: Tensor, keep: Bool[Tensor, "r
 
     handle = residual_blocks(model)[layer].register_forward_hook(hook)
     try:
-        yield
+        with eager():
+            yield
     finally:
         handle.remove()
 

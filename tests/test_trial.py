@@ -211,7 +211,7 @@ def test_lora_learns_the_answers_and_leaves_the_model_alone():
 
 def test_an_epoch_of_fine_tuning_sees_every_row_once_and_follows_the_gradient_that_transformers_defines(monkeypatch):
     model, tok = tiny.model("llama"), tiny.tokenizer()
-    rows = [finetune._row(tok, q, False) for q in task()[1][:5]]
+    rows = [finetune._row(tok, q, False, [tok.eos_token_id]) for q in task()[1][:5]]
     assert sorted(finetune._epoch(rows, np.random.default_rng(0), 2)) == [0, 1, 2, 3, 4]
     ids, mask, labels = finetune._padded(rows, 0)
     oracle = float(model(input_ids=ids, attention_mask=mask, labels=labels).loss)

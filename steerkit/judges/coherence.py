@@ -11,9 +11,11 @@ import pandas as pd
 from jaxtyping import Float
 
 from steerkit.features import next_token_losses
+from steerkit.fingerprint import fingerprint
 from steerkit.journal import score_texts
 from steerkit.judges import Judge, checked, parameters, sigmoid
 from steerkit.packed import packed_linears
+from steerkit.tokens import bare_ids
 
 MAX_TOKENS = 256
 MAX_CONTEXT = 128
@@ -25,10 +27,10 @@ def split(tokenizer, text: str, prompt: str | None = None) -> tuple[list[int], i
     With a prompt, the continuation is the text, after at most the prompt's last `MAX_CONTEXT` tokens. Without, it is what
     follows the first blank line, or the second half where there is none. At most `MAX_TOKENS` are read.
     """
-    encode = lambda part: list(tokenizer(part, add_special_tokens=False)["input_ids"])  # noqa: E731
+    encode = lambda part: bare_ids(tokenizer, part)  # noqa: E731
     if prompt is not None:
         context = encode(prompt)[-MAX_CONTEXT:]
-        return (context + encode(text))[:MAX_TOKENS], len(context)
+        return (context + tokenizer(text, add_special_tokens=False)["input_ids"])[:MAX_TOKENS], len(context)
     ids, blank = encode(text)[:MAX_TOKENS], text.find("\n\n")
     start = len(encode(text[: blank + 2])) if blank > 0 else len(ids) // 2
     return ids, start if start < len(ids) - 2 else len(ids) // 2
@@ -61,6 +63,10 @@ def token_losses(hf_model, tokenizer, ids: Sequence[list[int]], *, batch_tokens:
             loss = next_token_losses(hf_model(input_ids=tokens, attention_mask=mask, use_cache=False).logits, tokens)
         for r, i in enumerate(order[start:stop]):
             out[i] = loss[r, : len(ids[i])].double().cpu().numpy()
+            if not np.isfinite(out[i]).all():
+                raise ValueError(
+                    f"losses: expected finite numbers, got NaN or infinity for row {i} in {hf_model.dtype}: open the model in float32"
+                )
         start = stop
     return out
 
@@ -183,5 +189,6 @@ def judge_pairs(loaded, prompts: Sequence[str], texts: Sequence[str], *, out=Non
     judge = coherence_judge(loaded.hf, loaded.tokenizer)
     pairs = pd.DataFrame({"prompt": prompts, "text": texts})
     score = lambda part: {"coherence": judge(part.text.tolist(), part.prompt.tolist())}  # noqa: E731
-    judged = score_texts(pairs.drop_duplicates(), score, name="judged", out=out, progress=progress)
+    by = fingerprint(loaded.hf, parameters("coherence")) if out else ""
+    judged = score_texts(pairs.drop_duplicates(), score, name="judged", by=by, out=out, progress=progress)
     return pairs.merge(judged, on=["prompt", "text"], how="left").coherence.to_numpy()
