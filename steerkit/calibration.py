@@ -13,13 +13,15 @@ from steerkit.partial import steered_token_losses
 
 
 def calibration_rows(tokenizer, text: str, *, rows: int, length: int = 32) -> Int[Tensor, "rows length"]:
-    """Return rows of `length` tokens cut from a text at even distances, each with the beginning-of-text token in front."""
+    """Return rows of `length` tokens cut from a text at even distances, each with the beginning-of-text token, if there is one, in front."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    n = len(ids) // (length - 1)
+    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    width = length - len(head)
+    n = len(ids) // width
     if n < rows:
-        raise ValueError(f"text: expected at least {rows} rows of {length - 1} tokens, got {n}: give a longer text or fewer rows")
-    cut = ids[: n * (length - 1)].view(n, -1)[torch.arange(rows) * n // rows]
-    return torch.cat([torch.full((rows, 1), tokenizer.bos_token_id), cut], 1)
+        raise ValueError(f"text: expected at least {rows} rows of {width} tokens, got {n}: give a longer text or fewer rows")
+    cut = ids[: n * width].view(n, -1)[torch.arange(rows) * n // rows]
+    return torch.cat([torch.tensor([head] * rows, dtype=torch.long), cut], 1)
 
 
 def solve_scale(scales: Sequence[float], losses: Sequence[float], target: float) -> float:
@@ -57,6 +59,7 @@ def calibrate(
     """
     if (target is None) == (rise is None):
         raise ValueError(f"expected either target (absolute loss, nats) or rise (above the unsteered loss), got {target} and {rise}")
+    ids = ids.to(model.device)
     with packed_linears(model):
         resid = residuals(model, ids, layers=[layer])[layer]
         base = steered_losses(model, ids, resid, vectors[:1], torch.zeros(1), layer, batch_size)[0].item()

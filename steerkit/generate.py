@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from steerkit.decode import Sampling, decode
 from steerkit.hooks import Ablate, Add, Boost, Edit, check_edits
 from steerkit.journal import Journal
+from steerkit.memory import halving
 from steerkit.progress import bar
 
 
@@ -111,7 +113,8 @@ def generate(
     journal = Journal(str(out).replace("{key}", key) if out else None, key)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     for batch in bar([b for b in batches if not journal.has(b)], "generate", "batch", show=progress):
-        rows = _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_first)
+        do = partial(_decoded, model, tokenizer, plan, ids, arms, sampling, window, skip_first)
+        rows = [row for part in halving(do, batch) for row in part]
         journal.write(
             [
                 {
@@ -142,36 +145,23 @@ def prompt_ids(tokenizer, prompt: str, *, chat: bool = False) -> list[int]:
     return bos + tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
-def _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_first) -> list[tuple[int, dict]]:
-    """Decode a batch; on out-of-memory decode its halves."""
-    try:
-        found = decode(
-            model,
-            [ids[plan[r][0]] for r in batch],
-            stack([arms[plan[r][1]] for r in batch]),
-            rows=batch,
-            arm=[plan[r][:2] for r in batch],
-            shared=[plan[r][0] if window in ("last", "generated") else plan[r][:2] for r in batch],
-            sampling=sampling,
-            window=window,
-            skip_first=skip_first,
-            pad=tokenizer.pad_token_id or 0,
-        )
-    except (RuntimeError, MemoryError) as error:
-        if len(batch) == 1 or not out_of_memory(error):
-            raise
-        torch.cuda.empty_cache()
-        half = len(batch) // 2
-        parts = (batch[:half], batch[half:])
-        return [row for part in parts for row in _halving(model, tokenizer, part, plan, ids, arms, sampling, window, skip_first)]
+def _decoded(model, tokenizer, plan, ids, arms, sampling, window, skip_first, batch) -> list[tuple[int, dict]]:
+    """Decode a batch of rows of the plan, and return each with its number."""
+    found = decode(
+        model,
+        [ids[plan[r][0]] for r in batch],
+        stack([arms[plan[r][1]] for r in batch]),
+        rows=batch,
+        arm=[plan[r][:2] for r in batch],
+        shared=[plan[r][0] if window in ("last", "generated") else plan[r][:2] for r in batch],
+        sampling=sampling,
+        window=window,
+        skip_first=skip_first,
+        pad=tokenizer.pad_token_id or 0,
+    )
     return [
         (r, {"text": tokenizer.decode(f.tokens), "tokens": f.tokens, "changed": f.changed, "ratio": f.ratio}) for r, f in zip(batch, found)
     ]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tell a lack of memory from other errors: torch has no exception of its own for it on the CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def run_key(model: nn.Module, ids, arms: Sequence[Arm], samples: int, sampling: Sampling, window: str, skip_first: bool) -> str:

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from steerkit.features import next_token_losses
+from steerkit.features import forward_losses
 from steerkit.hooks import residual_blocks
+from steerkit.memory import halving
 
 
 @contextmanager
@@ -54,9 +55,12 @@ def steered_token_losses(
 
     resid: the stream after `layer`, computed once for all steps. batch_size: rows x steps that run together.
     """
-    for part in torch.arange(len(steps)).split(max(1, batch_size // len(ids))):
+
+    def losses(part: Int[Tensor, " some"]) -> tuple[Tensor, Tensor]:
         steered = (resid + steps[part, None, None].to(resid)).flatten(0, 1)
         many = ids.repeat(len(part), 1)
         with starting_from(model, layer, steered):
-            losses = next_token_losses(model(input_ids=many, use_cache=False).logits, many)
-        yield part, losses.view(len(part), len(ids), -1)
+            return part, forward_losses(model, many).view(len(part), len(ids), -1)
+
+    for part in torch.arange(len(steps)).split(max(1, batch_size // len(ids))):
+        yield from halving(losses, part)

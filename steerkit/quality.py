@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from steerkit.features import next_token_losses, ordinary_positions, residuals, top_contexts
+from steerkit.features import forward_losses, ordinary_positions, residuals, top_contexts
 from steerkit.hooks import residual_blocks
 from steerkit.paths import DATA, resolve, write_atomic
 from steerkit.stats import bootstrap
@@ -37,7 +37,7 @@ def fit(
     fires = {layer: torch.zeros(sae.W_dec.shape[0]) for layer, sae in saes.items()}
     for _, resid, keep in _read(model, tokenizer, saes, rows, outlier, batch_size):
         for layer, sae in saes.items():
-            for x in (acts[k].to(sae.dtype) for acts, k in zip(resid[layer], keep) if k.any()):
+            for x in (acts[k].to(sae.W_dec) for acts, k in zip(resid[layer], keep) if k.any()):  # an SAE from disk may lie elsewhere
                 f = sae.encode(x)
                 error = (x - sae.decode(f)).double().square().sum()
                 fires[layer] += (f > 0).sum(0).cpu()
@@ -122,7 +122,7 @@ def _read(model, tokenizer, saes, rows, outlier: float, batch_size: int) -> Iter
 
 
 def _loss(model: nn.Module, ids: Int[Tensor, "rows context"]) -> Float[Tensor, " rows"]:
-    return next_token_losses(model(input_ids=ids, use_cache=False).logits, ids).mean(1).cpu()
+    return forward_losses(model, ids).mean(1).cpu()
 
 
 @contextmanager

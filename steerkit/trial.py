@@ -1,7 +1,7 @@
 """One CorrSteer trial (arXiv 2508.12535): a selection pass, the methods under comparison, and what each does to the answers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from zlib import crc32
@@ -240,8 +240,8 @@ def _tuned(loaded, found: Trial, *, epochs: float, batch_size: int, out: str | P
     key = digest.hexdigest()[:16]
     journal = Journal(Path(out) / f"lora-{key}.jsonl" if out else None, key)
     if not journal.has(range(len(found.test))):
-        tuned = lora(loaded.hf, loaded.tokenizer, found.asked, chat=found.task.chat, epochs=epochs, seed=found.seed)
-        answers = ask(replace(loaded, hf=tuned), found.task, found.test, batch_size=batch_size)
+        with lora(loaded.hf, loaded.tokenizer, found.asked, chat=found.task.chat, epochs=epochs, seed=found.seed):
+            answers = ask(loaded, found.task, found.test, batch_size=batch_size)
         journal.write(answers.assign(row=range(len(answers))).to_dict("records"))
     return pd.DataFrame([journal.rows[row] for row in range(len(found.test))]).drop(columns="row")
 

@@ -144,7 +144,8 @@ def _device(name: str, args, tensors) -> torch.device:
 def gpu(monkeypatch):
     """Give the machine a GPU while it is open: `torch.cuda.is_available()`, and autocast and synchronisation do nothing."""
     cast, lifted = torch.autocast, torch._C._only_lift_cpu_tensors()
-    monkeypatch.setattr(torch, "autocast", lambda kind, *a, **k: contextlib.nullcontext() if kind == "cuda" else cast(kind, *a, **k))
+    on_gpu = lambda *a, **k: "cuda" in (*a, k.get("device_type"))  # noqa: E731
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext() if on_gpu(*a, **k) else cast(*a, **k))
     for name, value in {"is_available": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True, "get_device_name": "a test"}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_a, value=value, **_k: value)
     for name in ("_lazy_init", "synchronize", "empty_cache", "manual_seed_all"):
