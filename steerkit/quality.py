@@ -189,6 +189,14 @@ def density(loaded, layer: int, dataset: str, *, rows: int = 500) -> Float[Tenso
     return found[1][layer].float().cpu()
 
 
+def density_source(preset: str, layer: int, dataset: str) -> str:
+    """Say where `density` takes its numbers from."""
+    if card_path(preset, layer).exists():
+        return "of the shipped feature cards, counted on validation text"
+    whose = ", which the embedded model wrote: give this preset plain text" if dataset.endswith("own_text.jsonl.gz") else ""
+    return f"counted here, on {dataset}{whose}"
+
+
 def card_path(preset: str, layer: int) -> Path:
     """Return where a preset's feature cards are, if it ships any."""
     return DATA / "saes" / preset / f"layer_{layer}" / "features.safetensors"

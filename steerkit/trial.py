@@ -1,6 +1,6 @@
 """One CorrSteer trial (arXiv 2508.12535): a selection pass, the methods under comparison, and what each does to the answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -55,6 +55,15 @@ class Trial:
     def y(self) -> np.ndarray:
         """Outcomes of the selection questions, 0 or 1."""
         return self.selection.correct.to_numpy()
+
+
+def check_chat(loaded, tasks: Iterable[Task]) -> None:
+    """Raise ValueError for tasks that need a chat template where the model has none, before anything is asked."""
+    if not loaded.tokenizer.chat_template and (names := [task.name for task in tasks if task.chat]):
+        raise ValueError(
+            f"{', '.join(names)}: expected a model with a chat template for these tasks, {loaded.preset.name} has none: "
+            "use an instruct preset, or the released benchmarks (mmlu, bbq_ambig, ...), which are asked as plain text"
+        )
 
 
 def run(

@@ -36,6 +36,9 @@ class OnGpu(torch.Tensor):
     def tolist(self):
         return self.inner.tolist()
 
+    def __format__(self, spec):
+        return format(self.inner, spec)
+
     def __repr__(self, **_):
         return f"OnGpu({self.inner!r})"
 
