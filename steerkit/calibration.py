@@ -60,6 +60,7 @@ def calibrate(
     """
     if (target is None) == (rise is None):
         raise ValueError(f"expected either target (absolute loss, nats) or rise (above the unsteered loss), got {target} and {rise}")
+    ids = ids.to(model.device)
     with packed_linears(model):
         resid = residuals(model, ids, layers=[layer])[layer]
         base = steered_losses(model, ids, resid, vectors[:1], torch.zeros(1), layer, batch_size)[0].item()

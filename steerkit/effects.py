@@ -20,6 +20,7 @@ from steerkit.decode import NotFinite, Sampling, Watch, decode
 from steerkit.features import ordinary_positions, residuals
 from steerkit.fingerprint import fingerprint
 from steerkit.hooks import Add
+from steerkit.memory import halving
 from steerkit.packed import packed_linears
 from steerkit.paths import write_atomic
 from steerkit.progress import bar
@@ -79,7 +80,7 @@ def training_vectors(W_dec: Float[Tensor, "d_sae d_model"], *, n_held: int = 256
     Every decoder row once, and as many sums of two rows: steering directions that are not themselves rows. First come the
     held-out ones, n_held rows and n_held sums of such rows; then rows and sums by turns, none of which holds a held-out row.
     """
-    rows = nn.functional.normalize(W_dec.detach().float(), dim=1)
+    rows = nn.functional.normalize(W_dec.detach().float().cpu(), dim=1)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator)
     out = []
@@ -124,8 +125,8 @@ def text_features(
         plan = [(v, p, s) for v in range(n) for p in mine for s in range(scheme.samples)]
         with packed_linears(model):
             head = residuals(model, torch.tensor([starts[p] for p in mine], device=device), layers=[layer])[layer][:, :-1]
-        for at in range(0, len(plan), batch_size):
-            batch = plan[at : at + batch_size]
+
+        def summed(batch: list[tuple[int, int, int]], head=head, mine=mine) -> tuple:
             which = torch.tensor([v for v, _, _ in batch])
             rows = [((number + v) * len(starts) + p) * scheme.samples + s for v, p, s in batch]
             arm = [(v, tuple(starts[p])) for v, p, _ in batch]
@@ -137,10 +138,13 @@ def text_features(
                 named = ", ".join(f"vector {first + v}" + (f" at scale {float(scales[v]):g}" if edits else "") for v in sorted(lost)[:4])
                 raise ValueError(f"{named}: {error.what}: lower the scale, or open the model in float32") from error
             resid = torch.cat([head[[mine.index(p) for _, p, _ in batch]], tail], 1)
-            acts, kept = _activations(sae, ids, resid, layer, tokenizer.all_special_ids, scheme)
             cell = (which.to(device), torch.tensor([p % 2 for _, p, _ in batch], device=device))
-            total.index_put_(cell, acts, accumulate=True)
-            count.index_put_(cell, kept, accumulate=True)
+            return cell, *_activations(sae, ids, resid, layer, tokenizer.all_special_ids, scheme)
+
+        for at in range(0, len(plan), batch_size):
+            for cell, acts, kept in halving(summed, plan[at : at + batch_size]):
+                total.index_put_(cell, acts, accumulate=True)
+                count.index_put_(cell, kept, accumulate=True)
     return (total / count.clamp_min(1)).cpu()
 
 

@@ -58,7 +58,7 @@ def sweep(
     settings = {"samples": protocol.samples, "max_new_tokens": protocol.max_new_tokens, "top_k": protocol.top_k, "top_p": protocol.top_p}
     settings |= {"seed": protocol.seed, "stop": stop_tokens(loaded.tokenizer, loaded.hf), "batch_size": batch_size}
     texts = generate(loaded.hf, loaded.tokenizer, list(protocol.prompts), arms, out=out, progress=progress, **settings)
-    texts["coherence"] = judge_pairs(loaded, texts.prompt.tolist(), texts.text.tolist(), out=out, progress=progress)
+    texts["coherence"] = judge_pairs(texts.prompt.tolist(), texts.text.tolist(), out=out, progress=progress)
     rows = []
     for topic in by_topic:
         mine = texts[texts.arm.str.startswith((f"{topic}/", "/")) | (texts.arm == BASELINE.name)]

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from steerkit.hooks import eager, residual_blocks
 from steerkit.inputs import strings, tensor
+from steerkit.memory import halving
 from steerkit.packed import packed_linears
 from steerkit.tokens import text_ids
+
+LOGITS = 2**28  # that exist together: 1 GiB in float32
 
 
 class _Stop(Exception):
@@ -52,6 +55,26 @@ def residuals(
         for handle in handles:
             handle.remove()
     return {layer: found[layer] for layer in layers}
+
+
+def forward_losses(model: nn.Module, ids: Int[Tensor, "batch pos"], **inputs) -> Float[Tensor, "batch next"]:
+    """Return `next_token_losses` of a forward call, never with more than `LOGITS` logits at a time.
+
+    64 rows of 300 tokens have 5 billion logits where the vocabulary has 256,000 tokens: 30 GB with their float32 copy.
+    """
+    at_once = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
+    if ids.numel() <= at_once:
+        return next_token_losses(model(input_ids=ids, use_cache=False, **inputs).logits, ids)
+    hidden = model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state[:, :-1].flatten(0, 1)
+    parts = zip(hidden.split(at_once), ids[:, 1:].flatten().split(at_once))
+    losses = [nn.functional.cross_entropy(_logits(model, some).float(), next_ids, reduction="none") for some, next_ids in parts]
+    return torch.cat(losses).view(len(ids), -1)
+
+
+def _logits(model: nn.Module, hidden: Float[Tensor, "some d_model"]) -> Float[Tensor, "some vocab"]:
+    """Return the model's logits from behind its final norm; Gemma 2 caps them."""
+    logits, cap = model.get_output_embeddings()(hidden), getattr(model.config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def next_token_losses(logits: Float[Tensor, "batch pos vocab"], ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch next"]:
@@ -116,15 +139,19 @@ def feature_means(
     >>> feature_means(model, tokenizer, sae, ["I love you."], layer=13).shape    # doctest: +SKIP
     torch.Size([1, 4096])
     """
-    out = []
-    for ids, mask in token_batches(tokenizer, texts, batch_size=batch_size, max_tokens=max_tokens):
+
+    def means(part: Sequence[str]) -> Float[Tensor, "some d_sae"]:
+        ((ids, mask),) = token_batches(tokenizer, part, batch_size=len(part), max_tokens=max_tokens)
         ids, mask = ids.to(model.device), mask.to(model.device)
         resid = residuals(model, ids, mask, layers=[layer])
         keep = mask.bool() if include_first else ordinary_positions(ids, mask, resid, special=tokenizer.all_special_ids, outlier=outlier)
         acts = sae.encode(resid[layer].to(sae.W_dec.device, sae.dtype))
         keep = keep.to(acts.device)
-        out.append(((acts * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp_min(1)).cpu())
-    return torch.cat(out)
+        return ((acts * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp_min(1)).cpu()
+
+    texts = strings("texts", texts)
+    batches = [texts[at : at + batch_size] for at in range(0, len(texts), batch_size)]
+    return torch.cat([part for batch in batches for part in halving(means, batch)])
 
 
 def separating(

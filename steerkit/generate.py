@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from steerkit.fingerprint import fingerprint
 from steerkit.hooks import Ablate, Add, Boost, Edit, check_edits
 from steerkit.inputs import Number, Whole, number, strings, whole
 from steerkit.journal import Journal
+from steerkit.memory import halving
 from steerkit.progress import bar
 from steerkit.tokens import prompt_ids, stop_tokens
 
@@ -127,7 +129,8 @@ def generate(
     journal = Journal(str(out).replace("{key}", key) if out else None, key)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     for batch in bar([b for b in batches if not journal.has(b)], "generate", "batch", show=progress):
-        rows = _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_first)
+        do = partial(_decoded, model, tokenizer, plan, ids, arms, sampling, window, skip_first)
+        rows = [row for part in halving(do, batch) for row in part]
         journal.write(
             [
                 {
@@ -146,8 +149,8 @@ def generate(
     return found
 
 
-def _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_first) -> list[tuple[int, dict]]:
-    """Decode a batch; on out-of-memory decode its halves. Name the arms of what is not finite."""
+def _decoded(model, tokenizer, plan, ids, arms, sampling, window, skip_first, batch) -> list[tuple[int, dict]]:
+    """Decode a batch of rows of the plan, and return each with its number. Name the arms of what is not finite."""
     try:
         found = decode(
             model,
@@ -165,21 +168,9 @@ def _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_fi
         lost = [(batch[i], arms[plan[batch[i]][1]]) for i in error.rows]
         named = "; ".join(f"row {r}, arm {arm.name!r}, scale {arm.scale:g}" for r, arm in lost[:4])
         raise ValueError(f"{named}: {error.what}: lower the scale, or open the model in float32") from error
-    except (RuntimeError, MemoryError) as error:
-        if len(batch) == 1 or not out_of_memory(error):
-            raise
-        torch.cuda.empty_cache()
-        half = len(batch) // 2
-        parts = (batch[:half], batch[half:])
-        return [row for part in parts for row in _halving(model, tokenizer, part, plan, ids, arms, sampling, window, skip_first)]
     return [
         (r, {"text": tokenizer.decode(f.tokens), "tokens": f.tokens, "changed": f.changed, "ratio": f.ratio}) for r, f in zip(batch, found)
     ]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tell a lack of memory from other errors: torch has no exception of its own for it on the CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def batch_sensitive(model: nn.Module) -> bool:

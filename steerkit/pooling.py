@@ -1,6 +1,7 @@
 """One greedy pass that gives texts and SAE features pooled over the positions that predict them (CorrSteer, arXiv 2508.12535)."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from steerkit.decode import Sampling, Watch, decode
 from steerkit.fingerprint import fingerprint
-from steerkit.generate import out_of_memory
 from steerkit.hooks import residual_blocks
 from steerkit.inputs import strings
+from steerkit.memory import halving
 from steerkit.packed import packed_encode
 from steerkit.pooled import Pooled
 from steerkit.progress import bar
@@ -139,23 +140,17 @@ def pool_generations(
         if path is not None and path.exists():
             parts.append(Pooled.load(path, key=key))
             continue
-        parts.append(_batch(model, [ids[r] for r in batch], saes, sampling, site, min_window, tokenizer.pad_token_id or 0))
+        do = partial(_batch, model, saes, sampling, site, min_window, tokenizer.pad_token_id or 0)
+        parts.append(Pooled.join(halving(do, [ids[r] for r in batch])))
         if path is not None:
             parts[-1].save(path, key=key)
     pooled = Pooled.join(parts).take(np.argsort(order))
     return [tokenizer.decode(t) for t in pooled.tokens], pooled
 
 
-def _batch(model, ids: list[list[int]], saes, sampling: Sampling, site: str, min_window: int, pad: int) -> Pooled:
-    """Decode and pool a batch; on out-of-memory its halves."""
-    try:
-        pooler = Pooler(saes, len(ids), site=site, min_window=min_window, device=model.device)
-        same = [tuple(i) for i in ids]
-        done = decode(model, ids, [], rows=range(len(ids)), arm=same, shared=same, sampling=sampling, pad=pad, watch=pooler.watch)
-        return pooler.pooled([d.tokens for d in done])
-    except (RuntimeError, MemoryError) as error:
-        if len(ids) == 1 or not out_of_memory(error):
-            raise
-        torch.cuda.empty_cache()
-        half = len(ids) // 2
-        return Pooled.join([_batch(model, part, saes, sampling, site, min_window, pad) for part in (ids[:half], ids[half:])])
+def _batch(model, saes, sampling: Sampling, site: str, min_window: int, pad: int, ids: list[list[int]]) -> Pooled:
+    """Decode and pool a batch."""
+    pooler = Pooler(saes, len(ids), site=site, min_window=min_window, device=model.device)
+    same = [tuple(i) for i in ids]
+    done = decode(model, ids, [], rows=range(len(ids)), arm=same, shared=same, sampling=sampling, pad=pad, watch=pooler.watch)
+    return pooler.pooled([d.tokens for d in done])

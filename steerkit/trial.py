@@ -1,6 +1,6 @@
 """One CorrSteer trial (arXiv 2508.12535): a selection pass, the methods under comparison, and what each does to the answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from zlib import crc32
@@ -56,6 +56,15 @@ class Trial:
     def y(self) -> np.ndarray:
         """Outcomes of the selection questions, 0 or 1."""
         return self.selection.correct.to_numpy()
+
+
+def check_chat(loaded, tasks: Iterable[Task]) -> None:
+    """Raise ValueError for tasks that need a chat template where the model has none, before anything is asked."""
+    if not loaded.tokenizer.chat_template and (names := [task.name for task in tasks if task.chat]):
+        raise ValueError(
+            f"{', '.join(names)}: expected a model with a chat template for these tasks, {loaded.preset.name} has none: "
+            "use an instruct preset, or the released benchmarks (mmlu, bbq_ambig, ...), which are asked as plain text"
+        )
 
 
 def run(
@@ -239,8 +248,8 @@ def _tuned(loaded, found: Trial, *, epochs: float, batch_size: int, out: str | P
     key = key_of(loaded.hf, task, found.asked, found.test, found.seed, epochs, rules, batch_size)
     journal = Journal(Path(out) / f"lora-{key}.jsonl" if out else None, key)
     if not journal.has(range(len(found.test))):
-        tuned = lora(loaded.hf, loaded.tokenizer, found.asked, chat=found.task.chat, epochs=epochs, seed=found.seed)
-        answers = ask(replace(loaded, hf=tuned), found.task, found.test, batch_size=batch_size)
+        with lora(loaded.hf, loaded.tokenizer, found.asked, chat=found.task.chat, epochs=epochs, seed=found.seed):
+            answers = ask(loaded, found.task, found.test, batch_size=batch_size)
         journal.write(answers.assign(row=range(len(answers))).to_dict("records"))
     return pd.DataFrame([journal.rows[row] for row in range(len(found.test))]).drop(columns="row")
 
