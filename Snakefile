@@ -8,12 +8,16 @@ from pathlib import Path
 
 from steerkit.jobs import jobs, select
 
-JOBS = jobs(config.get("scale", "laptop"), root=Path.cwd())
+# Snakemake reads 007 and 2026_11 as numbers, file names never.
+SCALE, NOTEBOOK = config.get("scale", "laptop"), config.get("notebook", "")
+if not isinstance(SCALE, str):
+    raise WorkflowError(f"scale: expected a name, and Snakemake read the value {SCALE}: write it with its ending, scale=NAME.yaml")
+JOBS = jobs(SCALE.removesuffix(".yaml"), root=Path.cwd())
 
 
 rule all:
     input:
-        [path for job in select(JOBS, str(config.get("notebook", ""))) for path in job.outputs],
+        [path for job in select(JOBS, str(NOTEBOOK).removesuffix(".ipynb")) for path in job.outputs],
 
 
 for job in JOBS.values():

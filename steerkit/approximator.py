@@ -170,7 +170,7 @@ def rotation(approximator: Approximator, W_dec: Float[Tensor, "d_sae d_model"], 
     the paper's text and the released train.py describe.
     """
     A = nn.functional.normalize(approximator.M.double(), dim=0)
-    D = nn.functional.normalize(W_dec.detach().double(), dim=1)
+    D = nn.functional.normalize(W_dec.detach().to(A), dim=1)
     U, _, Vh = torch.linalg.svd(A @ D)
     R = (U @ Vh).float()
     return R.T.contiguous() if published else R

@@ -16,6 +16,7 @@ from steerkit.generate import Arm, generate
 from steerkit.judges.coherence import judge_pairs
 from steerkit.judges.concept import concept_judge
 from steerkit.judges.related import related_judge
+from steerkit.tokens import stop_tokens
 
 SCORES = ["concept", "instruct", "fluency"]
 
@@ -61,10 +62,12 @@ def steer(
     """Return a row for each key, factor and instruction, with the answer and its three scores, 0 to 2.
 
     arms: for each key, whose first part is the topic, one arm a factor. prefix: text put before the instruction for some
-    keys (prompting); the judges see the plain instruction. Sampling is AxBench's: chat template, temperature 1.
+    keys (prompting); the judges see the plain instruction. Sampling is AxBench's: chat template (plain text for a model
+    without one), temperature 1.
     """
-    settings = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size, "chat": True, "progress": progress}
-    settings |= {"stop": [loaded.tokenizer.eos_token_id], "window": window}
+    settings = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size, "progress": progress}
+    settings["chat"] = bool(loaded.tokenizer.chat_template)
+    settings |= {"stop": stop_tokens(loaded.tokenizer, loaded.hf), "window": window}
     keys, prefix = list(arms), prefix or {}
     tables = []
     for put in sorted({prefix.get(key, "") for key in keys}):
@@ -75,7 +78,7 @@ def steer(
         tables.append(texts.assign(key=[keys[int(a)] for a in texts.arm], instruction=texts.prompt.map(asked)))
     texts = pd.concat(tables, ignore_index=True)
     answers, asked, related = texts.text.tolist(), texts.instruction.tolist(), related_judge(instructions)
-    texts["fluency"] = 2 * judge_pairs(loaded, asked, answers, out=out, progress=progress)
+    texts["fluency"] = 2 * judge_pairs(asked, answers, out=out, progress=progress)
     texts["instruct"], texts["concept"] = 2 * related(answers, asked), 0.0
     for topic in {key[0] for key in keys}:
         mine = np.array([key[0] == topic for key in texts.key])

@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from steerkit.features import residuals
 from steerkit.packed import packed_linears
 from steerkit.partial import steered_token_losses
+from steerkit.tokens import bare_ids, first_tokens
 
 
 def calibration_rows(tokenizer, text: str, *, rows: int, length: int = 32) -> Int[Tensor, "rows length"]:
-    """Return rows of `length` tokens cut from a text at even distances, each with the beginning-of-text token in front."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    n = len(ids) // (length - 1)
+    """Return rows of `length` tokens cut at even distances from a text, each with the beginning-of-text token (if any) in front."""
+    first = first_tokens(tokenizer)
+    length -= len(first)
+    ids = torch.tensor(bare_ids(tokenizer, text))
+    n = len(ids) // length
     if n < rows:
-        raise ValueError(f"text: expected at least {rows} rows of {length - 1} tokens, got {n}: give a longer text or fewer rows")
-    cut = ids[: n * (length - 1)].view(n, -1)[torch.arange(rows) * n // rows]
-    return torch.cat([torch.full((rows, 1), tokenizer.bos_token_id), cut], 1)
+        raise ValueError(f"text: expected at least {rows} rows of {length} tokens, got {n}: give a longer text or fewer rows")
+    cut = ids[: n * length].view(n, -1)[torch.arange(rows) * n // rows]
+    return torch.cat([torch.tensor([first] * rows, dtype=torch.long), cut], 1)
 
 
 def solve_scale(scales: Sequence[float], losses: Sequence[float], target: float) -> float:
@@ -57,6 +60,7 @@ def calibrate(
     """
     if (target is None) == (rise is None):
         raise ValueError(f"expected either target (absolute loss, nats) or rise (above the unsteered loss), got {target} and {rise}")
+    ids = ids.to(model.device)
     with packed_linears(model):
         resid = residuals(model, ids, layers=[layer])[layer]
         base = steered_losses(model, ids, resid, vectors[:1], torch.zeros(1), layer, batch_size)[0].item()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from steerkit.features import residuals, token_batches
 from steerkit.hooks import Add, check_edits
+from steerkit.inputs import strings, tensor
 from steerkit.packed import packed_linears
 from steerkit.partial import steered_token_losses
 from steerkit.progress import bar
@@ -32,9 +33,10 @@ def _summed_losses(
     model, tokenizer, texts, vectors, scales, *, layer: int, batch_size: int, max_tokens: int, progress: bool
 ) -> tuple[Float[np.ndarray, "n scales texts"], Int[np.ndarray, " texts"]]:
     """Return each text's loss summed over its predicted tokens, in nats, and the number of those."""
+    texts, vectors, scales = strings("texts", texts), tensor("vectors", vectors), tensor("scales", scales)
     if not texts or not len(vectors) or not len(scales):
         raise ValueError(f"expected a text, a vector and a scale at least, got {len(texts)}, {len(vectors)} and {len(scales)}")
-    scales = torch.as_tensor(scales, dtype=torch.float32, device=vectors.device)
+    scales = scales.to(vectors.device, torch.float32)
     steps = torch.einsum("nd,s->nsd", vectors.float(), scales).flatten(0, 1).to(model.device)
     check_edits(model, [Add(layer, steps)])
     steps, same = torch.unique(steps, dim=0, return_inverse=True)  # scale 0 runs once for all vectors

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from steerkit.attention import grouped_attention
 from steerkit.hooks import Edit, Steering, attached, residual_blocks
+from steerkit.inputs import Number, Whole, number, whole
 from steerkit.packed import packed_linears
 from steerkit.receipt import Tally
 
@@ -23,18 +24,20 @@ class Sampling:
     stop and allowed are sets: they are kept in the order of their ids, so that equal settings have equal keys.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 32
-    stop: tuple[int, ...] = ()
-    seed: int = 0
+    temperature: Number = 1.0
+    top_k: Whole = 0
+    top_p: Number = 1.0
+    max_new_tokens: Whole = 32
+    stop: tuple[Whole | None, ...] = ()
+    seed: Whole = 0
     keep_stop: bool = False
-    allowed: tuple[int, ...] = ()
+    allowed: tuple[Whole, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("stop", "allowed"):
-            object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
+            object.__setattr__(self, name, tuple(sorted({whole(f"{name} (token ids)", i) for i in getattr(self, name)})))
+        for name, plain in {"temperature": number, "top_p": number, "top_k": whole, "max_new_tokens": whole, "seed": whole}.items():
+            object.__setattr__(self, name, plain(name, getattr(self, name)))
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
             raise ValueError(
                 "expected temperature >= 0, top_k >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, got "
@@ -49,6 +52,14 @@ class Completion:
     tokens: list[int]
     changed: int
     ratio: float
+
+
+class NotFinite(ValueError):
+    """Logits that no token may be drawn from. rows: which rows of the batch they belong to."""
+
+    def __init__(self, rows: list[int], step: int, dtype: torch.dtype):
+        self.rows, self.what = rows, f"new token {step + 1}: expected finite logits, got NaN or infinity in {dtype}"
+        super().__init__(f"rows {rows}, {self.what}: lower the scale, or open the model in float32")
 
 
 @dataclass(frozen=True)
@@ -140,8 +151,10 @@ def decode(
 
     Rows with equal `arm` have the same prompt and the same edits: as long as their tokens agree, one state of the model
     serves them all, and it branches where they part. Rows with equal `shared` have the same edits on the prompt but for
-    its last token, which goes through the model once for them.
+    its last token, which goes through the model once for them. In float32 a row's tokens do not depend on what else is
+    in the batch (packed weights on a CPU round each row alike); in bfloat16 and float16 near ties may fall otherwise.
     rows: numbers that key each row's noise. watch: is shown the residual stream, step by step.
+    Raises NotFinite for logits with NaN or infinity: no token is drawn from them.
     """
     from transformers import DynamicCache
 
@@ -162,7 +175,7 @@ def decode(
             spread = prefix[first]
             tally.select(spread)
             if not torch.equal(spread, torch.arange(len(unique), device=device)):
-                cache.batch_select_indices(spread)
+                _select(cache, spread)
         steering = Steering([edit.rows(first) for edit in edits], prompt_length=lengths[first], receipt=tally, **settings)
         with attached(model, steering), _watching(model, watch) as show:
             return _decode_steps(model, ids[first, -1:], mask[first], cache, steering, tally, noise, sampling, state, show)
@@ -181,7 +194,7 @@ def _watching(model: nn.Module, watch: Watch | None) -> Iterator[Callable]:
 
     def show(step: int, rows: Tensor, stopped: Tensor, state: Tensor) -> None:
         if watch is not None:
-            watch.each(step, rows, stopped, {layer: resid[state] for layer, resid in seen.items()})
+            watch.each(step, rows, stopped, {layer: resid[state.to(resid.device)] for layer, resid in seen.items()})
 
     with ExitStack() as stack:
         for layer in watch.layers if watch else ():
@@ -203,7 +216,9 @@ def _decode_steps(model, token, mask, cache, steering: Steering, tally: Tally, n
     found: dict[int, Completion] = {}
     alive = torch.arange(len(state), device=token.device)  # -> row asked for
     for step in range(sampling.max_new_tokens):
-        logits = _forward(model, token, mask, cache, logits_to_keep=1).logits[:, -1]
+        logits = _forward(model, token, mask, cache, logits_to_keep=1).logits[:, -1].to(token.device)
+        if len(lost := (~torch.isfinite(logits.amax(-1))[state]).nonzero()):  # one pass: a NaN is the largest, -inf may be a mask's
+            raise NotFinite(alive[lost[:, 0]].tolist(), step, logits.dtype)
         new = draw(logits, noise[alive, step], sampling, state)
         stopped = torch.isin(new, stop)
         show(step, alive, stopped, state)
@@ -220,9 +235,16 @@ def _decode_steps(model, token, mask, cache, steering: Steering, tally: Tally, n
         if parent is not None:
             mask = mask[parent]
             steering.select(parent)
-            cache.batch_select_indices(parent)
+            _select(cache, parent)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return [found[row] for row in range(len(tokens))]
+
+
+def _select(cache, index: Int[Tensor, " n"]) -> None:
+    """Keep, drop or repeat the rows of a cache whose layers may lie on several devices."""
+    for layer in cache.layers:
+        keys = getattr(layer, "keys", None)
+        layer.batch_select_indices(index if keys is None else index.to(keys.device))
 
 
 def _branch(state: Int[Tensor, " rows"], new: Int[Tensor, " rows"], n: int, vocab: int):

@@ -4,7 +4,6 @@ Generate with and without the vector, read both texts with steering off, and com
 Many vectors are measured in one batch; finished parts stay on disk, and shards on several machines add up.
 """
 
-import hashlib
 import json
 import lzma
 from dataclasses import dataclass, replace
@@ -17,13 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from steerkit.decode import Sampling, Watch, decode
+from steerkit.decode import NotFinite, Sampling, Watch, decode
 from steerkit.features import ordinary_positions, residuals
-from steerkit.generate import prompt_ids
+from steerkit.fingerprint import fingerprint
 from steerkit.hooks import Add
+from steerkit.memory import halving
 from steerkit.packed import packed_linears
 from steerkit.paths import write_atomic
 from steerkit.progress import bar
+from steerkit.tokens import prompt_ids
 
 PROMPTS = (
     *("", "", "", "I think", "Breaking news", "Last night", "For sale", "The weather", "Dear Sir/Madam"),
@@ -79,7 +80,7 @@ def training_vectors(W_dec: Float[Tensor, "d_sae d_model"], *, n_held: int = 256
     Every decoder row once, and as many sums of two rows: steering directions that are not themselves rows. First come the
     held-out ones, n_held rows and n_held sums of such rows; then rows and sums by turns, none of which holds a held-out row.
     """
-    rows = nn.functional.normalize(W_dec.detach().float(), dim=1)
+    rows = nn.functional.normalize(W_dec.detach().float().cpu(), dim=1)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator)
     out = []
@@ -124,18 +125,26 @@ def text_features(
         plan = [(v, p, s) for v in range(n) for p in mine for s in range(scheme.samples)]
         with packed_linears(model):
             head = residuals(model, torch.tensor([starts[p] for p in mine], device=device), layers=[layer])[layer][:, :-1]
-        for at in range(0, len(plan), batch_size):
-            batch = plan[at : at + batch_size]
+
+        def summed(batch: list[tuple[int, int, int]], head=head, mine=mine) -> tuple:
             which = torch.tensor([v for v, _, _ in batch])
             rows = [((number + v) * len(starts) + p) * scheme.samples + s for v, p, s in batch]
             arm = [(v, tuple(starts[p])) for v, p, _ in batch]
             edits = [] if vectors is None else [Add(layer, vectors[which], scales[which])]
-            ids, tail = _rollouts(model, [starts[p] for _, p, _ in batch], edits, layer, scheme, rows=rows, arm=arm, shared=arm)
+            try:
+                ids, tail = _rollouts(model, [starts[p] for _, p, _ in batch], edits, layer, scheme, rows=rows, arm=arm, shared=arm)
+            except NotFinite as error:
+                lost = {batch[r][0] for r in error.rows}
+                named = ", ".join(f"vector {first + v}" + (f" at scale {float(scales[v]):g}" if edits else "") for v in sorted(lost)[:4])
+                raise ValueError(f"{named}: {error.what}: lower the scale, or open the model in float32") from error
             resid = torch.cat([head[[mine.index(p) for _, p, _ in batch]], tail], 1)
-            acts, kept = _activations(sae, ids, resid, layer, tokenizer.all_special_ids, scheme)
             cell = (which.to(device), torch.tensor([p % 2 for _, p, _ in batch], device=device))
-            total.index_put_(cell, acts, accumulate=True)
-            count.index_put_(cell, kept, accumulate=True)
+            return cell, *_activations(sae, ids, resid, layer, tokenizer.all_special_ids, scheme)
+
+        for at in range(0, len(plan), batch_size):
+            for cell, acts, kept in halving(summed, plan[at : at + batch_size]):
+                total.index_put_(cell, acts, accumulate=True)
+                count.index_put_(cell, kept, accumulate=True)
     return (total / count.clamp_min(1)).cpu()
 
 
@@ -148,7 +157,7 @@ def _rollouts(
     stream = torch.zeros(len(prompts), steps, model.config.hidden_size, dtype=parameter.dtype, device=parameter.device)
 
     def keep(step: int, rows: Tensor, _stopped: Tensor, resid: dict[int, Tensor]) -> None:
-        stream[rows, step] = resid[layer]
+        stream[rows, step] = resid[layer].to(stream.device)
 
     sampling, watch = replace(scheme.sampling, max_new_tokens=steps), Watch((layer,), keep, steered=False)
     texts = decode(model, prompts, edits, sampling=sampling, watch=watch, **groups)
@@ -170,7 +179,7 @@ def unsteered(
     model: nn.Module, tokenizer, sae, *, layer: int, scheme: Scheme, batch_size: int = 128, out: str | Path | None = None
 ) -> Float[Tensor, " d_sae"]:
     """Return mean activations over unsteered text, the baseline of every effect; kept in the folder `out`, where given."""
-    store = _Parts(out, _key(model, sae, torch.zeros(1), torch.zeros(1), layer, scheme))
+    store = _Parts(out, _key(model, tokenizer, sae, layer, scheme, batch_size))
     if store.get(0) is None:
         means = text_features(model, tokenizer, sae, None, None, layer=layer, scheme=scheme, batch_size=batch_size)
         if out is None:
@@ -204,6 +213,7 @@ def measure(
 
     Raises ValueError for scales that are not finite and positive, sizes that do not fit, or an `out` of another run.
     """
+    vectors, scales = (x if isinstance(x, Tensor) else torch.tensor(np.asarray(x)) for x in (vectors, scales))
     if len(scales) != len(vectors) or not (torch.isfinite(scales) & (scales > 0)).all():
         raise ValueError(f"scales: expected {len(vectors)} finite numbers above 0, got {scales.tolist()[:8]}...")
     vectors = nn.functional.normalize(vectors.float(), dim=-1)
@@ -212,7 +222,7 @@ def measure(
         baseline = unsteered(model, tokenizer, sae, layer=layer, scheme=calm, batch_size=batch_size)
     size = max(1, batch_size // scheme.samples)
     parts = list(range(0, len(vectors), size))[shard::n_shards]
-    store = _Parts(out, _key(model, sae, vectors, scales, layer, scheme))
+    store = _Parts(out, _key(model, tokenizer, sae, layer, scheme, batch_size, vectors, scales))
     found = []
     for start in bar(parts, "effects", "part", show=progress):
         means = store.get(start)
@@ -248,12 +258,10 @@ class _Parts:
             write_atomic(self._path(start), to_bytes({"means": means.half()}, {"key": self.key}))
 
 
-def _key(model, sae, vectors, scales, layer: int, scheme: Scheme) -> str:
-    digest = hashlib.sha256(json.dumps([layer, repr(scheme)]).encode())
-    for tensor in (vectors, scales, sae.W_enc[:8], *(p.flatten()[:64] for p in model.parameters())):
-        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _key(model, tokenizer, sae, layer: int, scheme: Scheme, batch_size: int, *of: Tensor) -> str:
+    """Return the key of kept parts. The batch size counts: it cuts the parts, and rounds the text of half-precision models."""
+    ids = [prompt_ids(tokenizer, prompt) for prompt in scheme.prompts]
+    return fingerprint(model, ids, tokenizer.all_special_ids, sae, layer, scheme, batch_size, *of)
 
 
 def save(effects: Effects, path: str | Path, about: dict) -> Path:

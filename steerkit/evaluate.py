@@ -16,6 +16,7 @@ from steerkit.judges.coherence import judge_pairs
 from steerkit.judges.concept import concept_judge
 from steerkit.paths import write_table
 from steerkit.stats import Interval, clean, paired_difference
+from steerkit.tokens import stop_tokens
 from steerkit.vectors import SteeringVector
 
 SCALES = tuple(float(s) for s in range(0, 301, 20))
@@ -55,9 +56,9 @@ def sweep(
     named += [(f"/{v.name}", v) for v in shared]
     arms = [BASELINE, *(replace(arm, name=label) for label, v in named for arm in grid([v], scales))]
     settings = {"samples": protocol.samples, "max_new_tokens": protocol.max_new_tokens, "top_k": protocol.top_k, "top_p": protocol.top_p}
-    settings |= {"seed": protocol.seed, "stop": [loaded.tokenizer.eos_token_id], "batch_size": batch_size}
+    settings |= {"seed": protocol.seed, "stop": stop_tokens(loaded.tokenizer, loaded.hf), "batch_size": batch_size}
     texts = generate(loaded.hf, loaded.tokenizer, list(protocol.prompts), arms, out=out, progress=progress, **settings)
-    texts["coherence"] = judge_pairs(loaded, texts.prompt.tolist(), texts.text.tolist(), out=out, progress=progress)
+    texts["coherence"] = judge_pairs(texts.prompt.tolist(), texts.text.tolist(), out=out, progress=progress)
     rows = []
     for topic in by_topic:
         mine = texts[texts.arm.str.startswith((f"{topic}/", "/")) | (texts.arm == BASELINE.name)]

@@ -1,13 +1,18 @@
 """SAE features of text: residual streams, encoding, pooling over tokens, density, logit lens, top contexts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from steerkit.hooks import residual_blocks
+from steerkit.hooks import eager, residual_blocks
+from steerkit.inputs import strings, tensor
+from steerkit.memory import halving
 from steerkit.packed import packed_linears
+from steerkit.tokens import text_ids
+
+LOGITS = 2**28  # that exist together: 1 GiB in float32
 
 
 class _Stop(Exception):
@@ -42,13 +47,34 @@ def residuals(
     mask = torch.ones_like(ids) if mask is None else mask
     position = (mask.long().cumsum(1) - 1).clamp_min(0)
     try:
-        model.base_model(input_ids=ids, attention_mask=mask.long(), position_ids=position, use_cache=False)
+        with eager():
+            model.base_model(input_ids=ids, attention_mask=mask.long(), position_ids=position, use_cache=False)
     except _Stop:
         pass
     finally:
         for handle in handles:
             handle.remove()
     return {layer: found[layer] for layer in layers}
+
+
+def forward_losses(model: nn.Module, ids: Int[Tensor, "batch pos"], **inputs) -> Float[Tensor, "batch next"]:
+    """Return `next_token_losses` of a forward call, never with more than `LOGITS` logits at a time.
+
+    64 rows of 300 tokens have 5 billion logits where the vocabulary has 256,000 tokens: 30 GB with their float32 copy.
+    """
+    at_once = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
+    if ids.numel() <= at_once:
+        return next_token_losses(model(input_ids=ids, use_cache=False, **inputs).logits, ids)
+    hidden = model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state[:, :-1].flatten(0, 1)
+    parts = zip(hidden.split(at_once), ids[:, 1:].flatten().split(at_once))
+    losses = [nn.functional.cross_entropy(_logits(model, some).float(), next_ids, reduction="none") for some, next_ids in parts]
+    return torch.cat(losses).view(len(ids), -1)
+
+
+def _logits(model: nn.Module, hidden: Float[Tensor, "some d_model"]) -> Float[Tensor, "some vocab"]:
+    """Return the model's logits from behind its final norm; Gemma 2 caps them."""
+    logits, cap = model.get_output_embeddings()(hidden), getattr(model.config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def next_token_losses(logits: Float[Tensor, "batch pos vocab"], ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch next"]:
@@ -73,16 +99,15 @@ def ordinary_positions(
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     keep = real & (real.long().cumsum(1) > 1) & ~torch.isin(ids, torch.tensor(list(special), device=ids.device))
     for acts in resid.values():
-        norm = acts.float().norm(dim=-1)
+        norm = acts.float().norm(dim=-1).to(keep.device)
         if keep.any():
             keep &= norm <= outlier * norm[keep].median()
     return keep
 
 
-def token_batches(tokenizer, texts: Sequence[str], *, batch_size: int = 32, max_tokens: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
+def token_batches(tokenizer, texts: Iterable[str], *, batch_size: int = 32, max_tokens: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (ids, mask) of texts in their order, each with the beginning-of-text token first, padded on the right."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = [(bos + tokenizer(text, add_special_tokens=False)["input_ids"])[:max_tokens] for text in texts]
+    rows = [text_ids(tokenizer, text)[:max_tokens] for text in strings("texts", texts)]
     pad = tokenizer.pad_token_id or 0
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
@@ -98,7 +123,7 @@ def feature_means(
     model: nn.Module,
     tokenizer,
     sae,
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     layer: int,
     outlier: float = 10.0,
@@ -114,14 +139,19 @@ def feature_means(
     >>> feature_means(model, tokenizer, sae, ["I love you."], layer=13).shape    # doctest: +SKIP
     torch.Size([1, 4096])
     """
-    out = []
-    for ids, mask in token_batches(tokenizer, texts, batch_size=batch_size, max_tokens=max_tokens):
+
+    def means(part: Sequence[str]) -> Float[Tensor, "some d_sae"]:
+        ((ids, mask),) = token_batches(tokenizer, part, batch_size=len(part), max_tokens=max_tokens)
         ids, mask = ids.to(model.device), mask.to(model.device)
         resid = residuals(model, ids, mask, layers=[layer])
         keep = mask.bool() if include_first else ordinary_positions(ids, mask, resid, special=tokenizer.all_special_ids, outlier=outlier)
-        acts = sae.encode(resid[layer].to(sae.dtype)) * keep[..., None]
-        out.append((acts.sum(1) / keep.sum(1, keepdim=True).clamp_min(1)).cpu())
-    return torch.cat(out)
+        acts = sae.encode(resid[layer].to(sae.W_dec.device, sae.dtype))
+        keep = keep.to(acts.device)
+        return ((acts * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp_min(1)).cpu()
+
+    texts = strings("texts", texts)
+    batches = [texts[at : at + batch_size] for at in range(0, len(texts), batch_size)]
+    return torch.cat([part for batch in batches for part in halving(means, batch)])
 
 
 def separating(
@@ -134,7 +164,7 @@ def separating(
     >>> separating(torch.tensor([[5.0, 9.0], [1.0, 9.0]]), torch.tensor([[0.0, 8.0], [0.0, 8.0]]), k=1).tolist()
     [0]
     """
-    gap = (positive.mean(0) - negative.mean(0)).masked_fill((negative > 0).float().mean(0) > max_share, -torch.inf)
+    gap = tensor("feature means", positive.mean(0) - negative.mean(0)).masked_fill((negative > 0).float().mean(0) > max_share, -torch.inf)
     return gap.topk(min(k, len(gap))).indices
 
 
@@ -146,7 +176,10 @@ def lens_logits(model: nn.Module, directions: Float[Tensor, "n d_model"], *, chu
     norm = next(m for name, m in model.base_model.named_children() if name in ("norm", "ln_f", "final_layer_norm"))
     with packed_linears(model):
         for part in directions.split(chunk):
-            yield model.get_output_embeddings()(norm(part.to(model.device, model.dtype))).float()
+            logits = model.get_output_embeddings()(norm(part.to(model.device, model.dtype))).float()
+            if not torch.isfinite(logits.amax(-1)).all():
+                raise ValueError(f"directions: expected finite logits, got NaN or infinity in {model.dtype}: open the model in float32")
+            yield logits
 
 
 @torch.inference_mode()

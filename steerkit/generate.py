@@ -1,9 +1,9 @@
 """Many prompts x steering arms x samples in one batched, cached decode that streams to disk and resumes."""
 
-import hashlib
-import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,16 @@ import pandas as pd
 import torch
 from torch import nn
 
-from steerkit.decode import Sampling, decode
+from steerkit.decode import NotFinite, Sampling, decode
+from steerkit.fingerprint import fingerprint
 from steerkit.hooks import Ablate, Add, Boost, Edit, check_edits
+from steerkit.inputs import Number, Whole, number, strings, whole
 from steerkit.journal import Journal
+from steerkit.memory import halving
 from steerkit.progress import bar
+from steerkit.tokens import prompt_ids, stop_tokens
+
+__all__ = ["BASELINE", "Arm", "generate", "grid", "prompt_ids", "stack", "stop_tokens"]
 
 
 @dataclass(frozen=True)
@@ -22,16 +28,22 @@ class Arm:
     """One way to steer: a name, the edits applied together (none for the baseline), and a scale to tabulate by."""
 
     name: str
-    edits: tuple[Edit, ...] = ()
-    scale: float = 0.0
+    edits: tuple[Edit, ...] | list[Edit] | Edit = ()
+    scale: Number = 0.0
+
+    def __post_init__(self) -> None:
+        edits = (self.edits,) if isinstance(self.edits, Edit) else tuple(self.edits)
+        for name, value in {"name": str(self.name), "edits": edits, "scale": number(f"{self.name}.scale", self.scale)}.items():
+            object.__setattr__(self, name, value)
 
 
 BASELINE = Arm("baseline")
 
 
-def grid(vectors: Sequence, scales: Sequence[float]) -> list[Arm]:
+def grid(vectors: Iterable, scales: Iterable[Number]) -> list[Arm]:
     """Return one arm for each steering vector and scale (scale = norm of what is added, in residual units)."""
-    return [Arm(v.name, (v.edit(scale),), float(scale)) for v in vectors for scale in scales]
+    scales = [number("scales", scale) for scale in scales]
+    return [Arm(v.name, (v.edit(scale),), scale) for v in vectors for scale in scales]
 
 
 def stack(arms: Sequence[Arm]) -> list[Edit]:
@@ -65,21 +77,21 @@ def _stack_slot(edits: list[Edit | None]) -> Edit:
 def generate(
     model: nn.Module,
     tokenizer,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     arms: Sequence[Arm] = (BASELINE,),
     *,
-    samples: int = 1,
-    max_new_tokens: int = 32,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop: Sequence[int] = (),
+    samples: Whole = 1,
+    max_new_tokens: Whole = 32,
+    temperature: Number = 1.0,
+    top_k: Whole = 0,
+    top_p: Number = 1.0,
+    stop: Iterable = (),
     keep_stop: bool = False,
-    allowed: Sequence[int] = (),
+    allowed: Iterable[Whole] = (),
     window: str = "all",
     skip_first: bool = False,
-    seed: int = 0,
-    batch_size: int = 64,
+    seed: Whole = 0,
+    batch_size: Whole = 64,
     chat: bool = False,
     out: str | Path | None = None,
     progress: bool = True,
@@ -89,16 +101,21 @@ def generate(
     Columns: row, prompt (text), arm, scale, sample, text, tokens, changed (positions steered), ratio (mean |delta| / |resid|).
     temperature 0 is greedy; top_k 0 and top_p 1 are off. A token in `stop` ends a text, and belongs to it with keep_stop.
     allowed: the only tokens that may be drawn, for constrained decoding; all where none is named.
-    The noise of a row is keyed by (seed, row, step), so its text does not depend on batch size or order. A batch that does
-    not fit in memory is halved. With `out` (a .jsonl file) finished batches are on disk, and the same call after an
-    interruption carries on with the next one. "{key}" in the name becomes a hash of what determines the texts, so that
-    another call gets another file.
+    The noise of a row is keyed by (seed, row, step). In float32 a text therefore does not depend on batch size or order. In
+    bfloat16 and float16 a product's rounding changes with the number of rows: of 64 greedy texts of the embedded model in
+    bfloat16 about a third differ between batches of 64 and of 1, so there the batch size is part of a kept run's key. A
+    batch that does not fit in memory is halved. With `out` (a .jsonl file) finished batches are on disk, and the same call
+    after an interruption carries on with the next one. "{key}" in the name becomes a hash of all that determines the texts
+    (weights, SAEs, prompts, edits, settings), so that another call gets another file.
 
-    Raises ValueError for settings out of range, edits that do not fit the model, or an `out` that holds another run.
+    Warns by name of arms that changed no position in any row. Raises ValueError for settings out of range, edits that do not
+    fit the model, an `out` that holds another run, or logits that are not finite (with row, arm, scale and dtype).
 
     >>> generate(model, tokenizer, ["I think"], grid([vector], [0, 40, 80]), samples=4, out="runs/texts.jsonl")  # doctest: +SKIP
     """
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(stop), seed, keep_stop, tuple(allowed))
+    prompts, arms = strings("prompts", prompts), list(arms)
+    samples, batch_size = whole("samples", samples), whole("batch_size", batch_size)
     if samples < 1 or batch_size < 1 or not prompts or not arms:
         raise ValueError(
             f"expected at least one prompt, arm, sample and batch row, got {len(prompts)}, {len(arms)}, {samples}, {batch_size}"
@@ -107,11 +124,13 @@ def generate(
     ids = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
     plan = [(p, a, s) for p in range(len(prompts)) for a in range(len(arms)) for s in range(samples)]
     order = sorted(range(len(plan)), key=lambda r: (len(ids[plan[r][0]]), r))  # rows of like length share a batch
-    key = run_key(model, ids, arms, samples, sampling, window, skip_first)
+    settings = (samples, sampling, window, skip_first, batch_sensitive(model) and batch_size, _decoder(tokenizer))
+    key = fingerprint(model, prompts, ids, arms, *settings) if out else ""
     journal = Journal(str(out).replace("{key}", key) if out else None, key)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     for batch in bar([b for b in batches if not journal.has(b)], "generate", "batch", show=progress):
-        rows = _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_first)
+        do = partial(_decoded, model, tokenizer, plan, ids, arms, sampling, window, skip_first)
+        rows = [row for part in halving(do, batch) for row in part]
         journal.write(
             [
                 {
@@ -125,25 +144,13 @@ def generate(
                 for r, found in rows
             ]
         )
-    return pd.DataFrame([journal.rows[r] for r in range(len(plan))])
+    found = pd.DataFrame([journal.rows[r] for r in range(len(plan))])
+    _warn_idle(found, arms, [a for _, a, _ in plan])
+    return found
 
 
-def stop_tokens(tokenizer) -> list[int]:
-    """Return the tokens that end a text: the tokenizer's end and pad tokens, where it has them."""
-    return sorted({i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None})
-
-
-def prompt_ids(tokenizer, prompt: str, *, chat: bool = False) -> list[int]:
-    """Return a prompt's token ids: beginning-of-text token first, or the chat template with the assistant's turn opened."""
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-
-
-def _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_first) -> list[tuple[int, dict]]:
-    """Decode a batch; on out-of-memory decode its halves."""
+def _decoded(model, tokenizer, plan, ids, arms, sampling, window, skip_first, batch) -> list[tuple[int, dict]]:
+    """Decode a batch of rows of the plan, and return each with its number. Name the arms of what is not finite."""
     try:
         found = decode(
             model,
@@ -157,38 +164,32 @@ def _halving(model, tokenizer, batch, plan, ids, arms, sampling, window, skip_fi
             skip_first=skip_first,
             pad=tokenizer.pad_token_id or 0,
         )
-    except (RuntimeError, MemoryError) as error:
-        if len(batch) == 1 or not out_of_memory(error):
-            raise
-        torch.cuda.empty_cache()
-        half = len(batch) // 2
-        parts = (batch[:half], batch[half:])
-        return [row for part in parts for row in _halving(model, tokenizer, part, plan, ids, arms, sampling, window, skip_first)]
+    except NotFinite as error:
+        lost = [(batch[i], arms[plan[batch[i]][1]]) for i in error.rows]
+        named = "; ".join(f"row {r}, arm {arm.name!r}, scale {arm.scale:g}" for r, arm in lost[:4])
+        raise ValueError(f"{named}: {error.what}: lower the scale, or open the model in float32") from error
     return [
         (r, {"text": tokenizer.decode(f.tokens), "tokens": f.tokens, "changed": f.changed, "ratio": f.ratio}) for r, f in zip(batch, found)
     ]
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Tell a lack of memory from other errors: torch has no exception of its own for it on the CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+def batch_sensitive(model: nn.Module) -> bool:
+    """Tell whether a row's rounding, and so now and then its text, depends on the batch: in every dtype but float32 and float64."""
+    return model.dtype not in (torch.float32, torch.float64)
 
 
-def run_key(model: nn.Module, ids, arms: Sequence[Arm], samples: int, sampling: Sampling, window: str, skip_first: bool) -> str:
-    """Hash what determines the texts: weights' fingerprint, prompts, edits and settings."""
-    digest = hashlib.sha256(json.dumps([ids, samples, repr(sampling), window, skip_first]).encode())
-    hash_weights(digest, model)
-    for arm in arms:
-        for edit in arm.edits:
-            digest.update(f"{arm.name}{type(edit).__name__}{edit.layer}".encode())
-            values = (edit.feature, edit.factor) if isinstance(edit, Boost) else (edit.vector, getattr(edit, "scale", 1.0))
-            for value in values:
-                digest.update(np.ascontiguousarray(torch.as_tensor(value).detach().double().cpu().numpy()).tobytes())
-    return digest.hexdigest()[:16]
+def _decoder(tokenizer) -> tuple:
+    """Return what tells tokenizers apart that give a prompt the same tokens."""
+    return type(tokenizer).__name__, len(tokenizer), tokenizer.all_special_ids
 
 
-def hash_weights(digest, model: nn.Module) -> None:
-    """Add to a digest what tells a model's weights from others': shape, dtype and the first numbers of each, which is cheap."""
-    for parameter in model.parameters():
-        digest.update(f"{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+def _warn_idle(rows: pd.DataFrame, arms: Sequence[Arm], of: Sequence[int]) -> None:
+    """Name the arms that should push and changed no position in any row: their texts are not steered ones."""
+    changed = rows.changed.groupby(np.asarray(of)).sum()
+    idle = [f"{arm.name!r} (scale {arm.scale:g})" for a, arm in enumerate(arms) if not changed[a] and any(e.pushes for e in arm.edits)]
+    if idle:
+        warnings.warn(
+            f"{len(idle)} of {len(arms)} arms changed no position in any row: {', '.join(idle[:8])}{', ...' if len(idle) > 8 else ''}. "
+            "Their texts are those of no steering: check the window, and that a boosted SAE fires here",
+            stacklevel=3,
+        )

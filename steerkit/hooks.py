@@ -4,15 +4,19 @@ One torch forward hook per steered block. Positions are absolute: the first real
 its padding, and a token fed through a KV cache keeps its place.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from steerkit.edits import Ablate, Add, Boost, Edit, on
+from steerkit.inputs import Array, Whole, per_row
 from steerkit.receipt import Receipt
+
+__all__ = ["Ablate", "Add", "Boost", "Edit", "residual_blocks", "steering"]
 
 WINDOWS = ("all", "prompt", "last", "generated")
 BLOCK_PATHS = (
@@ -22,121 +26,6 @@ BLOCK_PATHS = (
     "transformer.h",
     "gpt_neox.layers",
 )
-
-
-def _direction(name: str, vector: Tensor) -> Tensor:
-    if not torch.isfinite(vector).all():
-        raise ValueError(f"{name}: expected finite numbers, got {int((~torch.isfinite(vector)).sum())} NaN or infinite entries")
-    if vector.ndim not in (1, 2):
-        raise ValueError(f"{name}: expected shape [d_model] or [rows, d_model], got {list(vector.shape)}")
-    return vector
-
-
-@dataclass(frozen=True)
-class Add:
-    """Add scale x vector: h'[t] = h[t] + scale * v (SAE-TS section 3, CAA; CorrSteer with v = W_dec[i], scale = coefficient).
-
-    vector: [d_model], or [rows, d_model] for one vector a row; taken as it is, so pass a unit vector for `scale` to be
-    the norm of what is added. scale: a number, or [rows]. Zero scale leaves a row bitwise unchanged.
-
-    >>> Add(layer=13, vector=torch.ones(4) / 2, scale=3.0).delta(torch.zeros(1, 2, 4)).norm(dim=-1).tolist()
-    [[3.0, 3.0]]
-    """
-
-    layer: int
-    vector: Float[Tensor, "*rows d_model"]
-    scale: float | Float[Tensor, " rows"] = 1.0
-
-    def __post_init__(self) -> None:
-        _direction("Add.vector", self.vector)
-
-    def rows(self, index: Int[Tensor, " n"]) -> "Add":
-        """Return the edit for a selection of rows."""
-        return Add(self.layer, _take(self.vector, index, 1), _take(self.scale, index, 0))
-
-    def delta(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Return what is to be added, [batch, pos, d_model]."""
-        _same_rows("Add", len(resid), self.vector if self.vector.ndim == 2 else None, self.scale)
-        step = self.vector.to(resid) * _column(self.scale, resid)
-        return (step if step.ndim == 1 else step[:, None]).expand_as(resid)
-
-
-@dataclass(frozen=True)
-class Boost:
-    """Add s x a_max x W_dec[i], a_max read live at the last position (output scores, eqs. 5-6, as released).
-
-    a_max is the strongest feature of `sae` at the last position of this call, one number a row. Use it with
-    window="last": the last prompt token and every generated one. feature and factor: a number, or [rows].
-    Equal to encode, add s * a_max to feature i, decode, add the reconstruction error back.
-    """
-
-    layer: int
-    sae: nn.Module
-    feature: int | Int[Tensor, " rows"]
-    factor: float | Float[Tensor, " rows"] = 10.0
-
-    def __post_init__(self) -> None:
-        ids = torch.as_tensor(self.feature)
-        if ((ids < 0) | (ids >= self.sae.W_dec.shape[0])).any():
-            raise ValueError(f"Boost.feature: expected 0 to {self.sae.W_dec.shape[0] - 1}, got {ids.tolist()}")
-
-    def rows(self, index: Int[Tensor, " n"]) -> "Boost":
-        """Return the edit for a selection of rows."""
-        return Boost(self.layer, self.sae, _take(self.feature, index, 0), _take(self.factor, index, 0))
-
-    def delta(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Return what is to be added, [batch, pos, d_model]."""
-        _same_rows("Boost", len(resid), self.feature, self.factor)
-        a_max = self.sae.encode(resid[:, -1].to(self.sae.dtype)).amax(-1, keepdim=True).to(resid)  # [batch, 1]
-        step = self.sae.W_dec[self.feature].detach().to(resid) * a_max * _column(self.factor, resid)
-        return step[:, None].expand_as(resid)
-
-
-@dataclass(frozen=True)
-class Ablate:
-    """Remove a direction: h' = h - (h . u) u, with u the unit vector along `vector`, [d_model] or [rows, d_model]."""
-
-    layer: int
-    vector: Float[Tensor, "*rows d_model"]
-    strict: bool = True  # False lets a zero row stand for "this row is left alone"
-
-    def __post_init__(self) -> None:
-        if (_direction("Ablate.vector", self.vector).norm(dim=-1) == 0).any() and self.strict:
-            raise ValueError("Ablate.vector: expected a direction, got a zero vector")
-
-    def rows(self, index: Int[Tensor, " n"]) -> "Ablate":
-        """Return the edit for a selection of rows."""
-        return Ablate(self.layer, _take(self.vector, index, 1), self.strict)
-
-    def delta(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Return what is to be added, [batch, pos, d_model]."""
-        unit = nn.functional.normalize(self.vector.to(resid), dim=-1)
-        unit = unit if unit.ndim == 1 else unit[:, None]
-        return -(resid * unit).sum(-1, keepdim=True) * unit
-
-
-Edit = Add | Boost | Ablate
-
-
-def _same_rows(name: str, batch: int, *values) -> None:
-    for value in values:
-        if isinstance(value, Tensor) and value.ndim and len(value) != batch:
-            raise ValueError(f"{name}: expected one entry a row, {batch} rows in this call, got {len(value)}")
-
-
-def _take(value, index: Tensor, vector_dims: int):
-    """Select rows of a per-row value; a shared value is returned as it is."""
-    return value[index.to(value.device)] if isinstance(value, Tensor) and value.ndim > vector_dims else value
-
-
-def _on(edit: Edit, device: torch.device) -> Edit:
-    tensors = {f.name: getattr(edit, f.name) for f in fields(edit) if isinstance(getattr(edit, f.name), Tensor)}
-    return replace(edit, **{name: tensor.to(device) for name, tensor in tensors.items()})
-
-
-def _column(value, like: Tensor):
-    value = torch.as_tensor(value).to(like)
-    return value[:, None] if value.ndim else value
 
 
 def residual_blocks(model: nn.Module) -> nn.ModuleList:
@@ -163,6 +52,31 @@ def selected_positions(
     return inside[window] & real
 
 
+def real_tokens(mask, ids: Tensor, before: int, config=None) -> Bool[Tensor, "batch seen"]:
+    """Mark the real tokens among those in the cache and in this call, from any mask that transformers passes.
+
+    That is [batch, seen], or with a static cache [batch or 1, 1, pos, size] (True or 0 where a query may look), alone or by
+    kind of layer: the last query sees all real tokens. ValueError for masks that do not tell, as those of sliding windows.
+    """
+    shape = (len(ids), before + ids.shape[1])
+    mend = "pass the attention mask of shape [batch, tokens], or let the cache grow (no cache_implementation)"
+    if isinstance(mask, dict):
+        if "full_attention" not in mask:
+            raise ValueError(f"attention_mask: expected one of full attention among {sorted(mask)}, which tells pads from text: {mend}")
+        mask, config = mask["full_attention"], None
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=ids.device)
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[0] in (1, shape[0]) and mask.shape[-1] >= shape[1]:
+        if getattr(config, "sliding_window", None):
+            raise ValueError(f"attention_mask: expected one of full attention, got a sliding window's, which hides old text: {mend}")
+        sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = sees[:, 0, -1, : shape[1]].expand(shape)
+    if not isinstance(mask, Tensor) or mask.shape != shape:
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: expected {list(shape)} (cache and call), got {got}: {mend}")
+    return mask.bool().to(ids.device)
+
+
 @contextmanager
 def steering(
     model: nn.Module,
@@ -170,19 +84,23 @@ def steering(
     *,
     window: str = "all",
     skip_first: bool = False,
-    prompt_length: Int[Tensor, " batch"] | int | None = None,
+    prompt_length: Whole | Int[Tensor, " batch"] | Array | None = None,
     record: bool = True,
     tokenizer=None,
 ) -> Iterator[Receipt]:
     """Steer `model` (a Hugging Face causal LM) while the context is open; yield the receipt.
 
     window: "all", "prompt", "last" (last prompt token and after) or "generated". skip_first leaves position 0 (the
-    beginning-of-text token) alone. prompt_length: real tokens of each prompt; by default what the first call feeds.
+    beginning-of-text token) alone. prompt_length: real tokens of each prompt; by default what a call with an empty cache
+    feeds, so that one context may serve prompt after prompt (the receipt is the last one's). A call without a cache that
+    repeats the one before and adds a single token goes on with that prompt.
     The hook reads the attention mask and the cache length of each call, so left pads are never touched and positions
     are right with and without a KV cache. Nothing is written in place, and the hooks go when the context ends, also
-    by an exception. record=False skips the receipt's norms. tokenizer lets the receipt show text.
+    by an exception. record=False skips the receipt's norms. tokenizer lets the receipt show text. A compiled model runs
+    uncompiled meanwhile. A warning says so when the context ends and nothing was changed.
 
-    Raises ValueError for an unknown window, a layer the model lacks, or a vector whose width is not d_model.
+    Raises ValueError for an unknown window, a layer the model lacks, a vector whose width is not d_model, lengths that
+    are another batch's, or a push that leaves the range of the model's dtype.
 
     >>> with steering(model, Add(13, unit, 60.0), window="generated") as receipt:   # doctest: +SKIP
     ...     model.generate(**inputs)
@@ -190,30 +108,31 @@ def steering(
     """
     receipt = Receipt(tokenizer)
     edits = [edits] if isinstance(edits, Edit) else list(edits)
-    with attached(
-        model,
-        Steering(
-            edits,
-            window=window,
-            skip_first=skip_first,
-            prompt_length=prompt_length,
-            receipt=receipt if record else None,
-        ),
-    ):
+    settings = {"window": window, "skip_first": skip_first, "prompt_length": prompt_length}
+    with attached(model, Steering(edits, receipt=receipt if record else None, **settings)) as run:
         yield receipt
+    if any(edit.pushes for edit in edits) and (run.selected is None or (record and not receipt.acted)):
+        why = "the model was not called" if run.selected is None else f"no position lay in the window {window!r}, or every push was zero"
+        warnings.warn(f"steering changed nothing: {why}", stacklevel=3)
+
+
+def eager() -> AbstractContextManager:
+    """Run compiled models as they are written while the context is open: compiled code leaves out hooks that are hung on later."""
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
-def attached(model: nn.Module, steering: "Steering") -> Iterator[None]:
+def attached(model: nn.Module, steering: "Steering") -> Iterator["Steering"]:
     """Hang the hooks of `steering` on `model` while the context is open."""
     check_edits(model, steering.edits)
-    blocks, device = residual_blocks(model), next(model.parameters()).device
-    steering.edits = [_on(edit, device) for edit in steering.edits]  # once, not at every call
+    blocks = residual_blocks(model)
+    steering.edits = [on(edit, next(blocks[edit.layer].parameters()).device) for edit in steering.edits]  # once, not at every call
     with ExitStack() as stack:
+        stack.enter_context(eager())
         stack.callback(model.base_model.register_forward_pre_hook(steering.enter, with_kwargs=True).remove)
         for layer in sorted({edit.layer for edit in steering.edits}):
             stack.callback(blocks[layer].register_forward_hook(steering.hook(layer)).remove)
-        yield
+        yield steering
 
 
 def check_edits(model: nn.Module, edits: Iterable[Edit]) -> None:
@@ -234,9 +153,11 @@ class Steering:
         if window not in WINDOWS:
             raise ValueError(f"window: expected one of {', '.join(WINDOWS)}, got {window!r}")
         if window in ("all", "prompt") and any(isinstance(edit, Boost) for edit in edits):
-            raise ValueError(f'window: Boost reads a_max at the last position of a call; expected "last" or "generated", got "{window}"')
+            raise ValueError(f'window: Boost pushes the last prompt token and new ones; expected "last" or "generated", got "{window}"')
         self.edits, self.window, self.skip_first = edits, window, skip_first
-        self.prompt_length, self.receipt, self.selected = prompt_length, receipt, None
+        self.given = None if prompt_length is None else per_row("prompt_length", prompt_length)
+        self.prompt_length, self.receipt, self.selected = self.given, receipt, None
+        self.first, self.before = None, None  # the prompts that lengths were given for; ids of the last call without a cache
 
     def select(self, index: Int[Tensor, " n"]) -> None:
         """Keep, drop or repeat rows, as the decode does when it spreads prompts over samples and drops finished rows."""
@@ -246,30 +167,40 @@ class Steering:
         if self.receipt is not None:
             self.receipt.select(index)
 
-    def enter(self, _module, args, kwargs) -> None:
+    def enter(self, module, args, kwargs) -> None:
         """Read the cache length and the attention mask of this call."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         ids = kwargs["inputs_embeds"][..., 0] if ids is None else ids
-        batch, length = ids.shape[:2]
         cache = kwargs.get("past_key_values")
         before = int(cache.get_seq_length()) if cache is not None else 0
-        mask = kwargs.get("attention_mask")
-        mask = torch.ones(batch, before + length, device=ids.device) if mask is None else mask
-        if not isinstance(mask, Tensor) or mask.shape != (batch, before + length):
-            raise ValueError(
-                f"attention_mask: expected {[batch, before + length]} (cache and call), got {list(getattr(mask, 'shape', [type(mask)]))}"
-            )
-        real = mask.bool()
+        real = real_tokens(kwargs.get("attention_mask"), ids, before, getattr(module, "config", None))
         start = real[:, :before].sum(1)
         self.real = real[:, before:]
-        if self.prompt_length is None:
-            self.prompt_length = start + self.real.sum(1)
-        prompt = torch.as_tensor(self.prompt_length, device=ids.device).expand(batch)
+        if fresh := before == 0 and not self._goes_on(ids, cache):
+            self._begin(ids)
+        prompt = torch.as_tensor(self.prompt_length, device=ids.device).expand(len(ids))
         self.selected = selected_positions(self.real, start, prompt, self.window)
         if self.skip_first:
             self.selected &= (start[:, None] + self.real.long().cumsum(1) - 1) > 0
         if self.receipt is not None:
-            self.receipt.open_call(ids if ids.dtype == torch.long else None, self.real, start)
+            self.receipt.open_call(ids if ids.dtype == torch.long else None, self.real, start, fresh=fresh)
+
+    def _goes_on(self, ids: Tensor, cache) -> bool:
+        """Tell a decode without a cache, which feeds the last call's text and one token more, from a new prompt."""
+        old, self.before = self.before, ids if cache is None else None
+        return old is not None and cache is None and ids.shape[1] == old.shape[1] + 1 and torch.equal(ids[:, :-1], old)
+
+    def _begin(self, ids: Tensor) -> None:
+        """Take the lengths of new prompts, or hold those that were given against them."""
+        if self.given is None:
+            self.prompt_length = self.real.sum(1)
+        elif isinstance(self.given, Tensor):
+            if len(self.given) != len(ids):
+                raise ValueError(f"prompt_length: expected one entry a row, {len(ids)} rows in this call, got {len(self.given)}")
+            prompts = [row[keep][:n].tolist() for row, keep, n in zip(ids, self.real, self.given.tolist())]
+            if self.first not in (None, prompts):
+                raise ValueError("prompt_length: expected the prompts that it was given for, got others: open one context a batch")
+            self.first = prompts
 
     def hook(self, layer: int):
         """Return the forward hook for one block."""
@@ -278,12 +209,16 @@ class Steering:
             if self.selected is None:
                 raise RuntimeError("the block ran outside its model, so its positions are unknown: call the model, not the block")
             resid = output[0] if isinstance(output, tuple) else output
-            if not self.selected.any():
+            selected = self.selected.to(resid.device)
+            columns = selected.any(0).tolist()
+            if True not in columns:
                 return None
-            steered = resid
+            at = columns.index(True)  # what comes before is not even read: a long prompt in front of a window costs nothing
+            inside, steered = selected[:, at:, None], resid[:, at:]
             for edit in self.edits:
                 if edit.layer == layer:
-                    steered = torch.where(self.selected[..., None], steered + edit.delta(steered), steered)
+                    steered = torch.where(inside, steered + edit.delta(steered), steered)
+            steered = torch.cat([resid[:, :at], steered], 1) if at else steered
             if self.receipt is not None:
                 self.receipt.add(layer, resid, steered)
             return (steered, *output[1:]) if isinstance(output, tuple) else steered

@@ -62,6 +62,15 @@ class Job:
         return json.loads(path.read_text()) if path.exists() else {}
 
     @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each code cell took in the last run at this scale, or else when the notebook was published, if at this scale."""
+        if known := self.record.get("cells"):
+            return known
+        nb = json.loads((self.root / self.source).read_text(encoding="utf-8"))
+        stamp = nb["metadata"].get("steerkit", {}).get("stamp", {})
+        return stamp.get("cells", {}) if stamp.get("scale") == self.scale else {}
+
+    @property
     def state(self) -> str:
         """`done`, or why it has to run."""
         if all((self.root / path).exists() for path in self.outputs):

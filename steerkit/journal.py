@@ -1,12 +1,13 @@
 """Finished rows on disk, so that what was cut off carries on: one JSON object a line."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
 
+from steerkit.fingerprint import fingerprint
+from steerkit.inputs import jsonable
 from steerkit.progress import bar
 
 
@@ -46,7 +47,7 @@ class Journal:
         self.rows.update({row["row"]: row for row in rows})
         if self.path is not None:
             with self.path.open("ab") as file:
-                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+                file.write(b"".join(json.dumps(row, default=jsonable).encode() + b"\n" for row in rows))
                 file.flush()
 
 
@@ -55,15 +56,17 @@ def score_texts(
     score: Callable[[pd.DataFrame], dict[str, list]],
     *,
     name: str,
+    by: str = "",
     out: str | Path | None = None,
     part: int = 1024,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Return what `score` says of each row, its columns with those of `texts`, `part` rows at a time.
 
-    out: where the texts themselves are kept; if "{key}" is in it, finished parts stay in a file beside them.
+    by: a fingerprint of what scores the texts: a model, fitted numbers. out: where the texts themselves are kept; if "{key}" is
+    in it, finished parts stay in a file beside them.
     """
-    key = hashlib.sha256(pd.util.hash_pandas_object(texts.astype(str), index=False).to_numpy().tobytes()).hexdigest()[:16]
+    key = fingerprint(by, list(texts), pd.util.hash_pandas_object(texts.astype(str), index=False).to_numpy())
     path = str(out).replace("{key}", f"{name}-{key}") if out and "{key}" in str(out) else None
     journal = Journal(path, key)
     parts = [range(at, min(at + part, len(texts))) for at in range(0, len(texts), part)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from steerkit.approximator import budget
 from steerkit.calibration import calibrate, calibration_rows
 from steerkit.effects import Effects, Scheme, measure, save, training_vectors, unsteered
+from steerkit.fingerprint import fingerprint
 from steerkit.models import load_model, preset
 from steerkit.paths import resolve, write_atomic
 from steerkit.saes import load_sae
@@ -78,9 +79,10 @@ def _ship(path: Path, found: dict[int, Effects], held: Bool[Tensor, " n"], about
 
 
 def _scales(path: Path, model, ids, vectors, layer: int, args) -> Float[Tensor, " n"]:
-    """Return calibrated scales, extrapolated ones cut at twice the grid's end; kept in a file."""
+    """Return calibrated scales, extrapolated ones cut at twice the grid's end; kept in a file named by what determines them."""
+    grid = tuple(range(0, 201, 40))
+    path = path.with_stem(f"{path.stem}-{fingerprint(model, ids, vectors, layer, args.rise, grid, args.batch_size)}")
     if not path.exists():
-        grid = tuple(range(0, 201, 40))
         scales, beyond, _ = calibrate(model, ids, vectors, layer=layer, rise=args.rise, grid=grid, batch_size=args.batch_size)
         scales = torch.where(scales > 0, scales, float("inf")).clamp(1.0, 2.0 * grid[-1])
         write_atomic(path, to_bytes({"scales": scales, "beyond": beyond}))

@@ -3,7 +3,7 @@
 import copy
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from steerkit import fetch
 from steerkit.cpu import choose_dtype
 from steerkit.hooks import residual_blocks
+from steerkit.inputs import strings
 from steerkit.presets import Preset, SaeSet, preset, presets
 from steerkit.progress import quiet
 from steerkit.saes import centre_writing_weights, explain, load_sae, wants_centring
 from steerkit.selfcheck import record, self_check
+from steerkit.tokens import prompt_ids, text_ids
 
 __all__ = ["Loaded", "Preset", "SaeSet", "open", "preset", "presets", "self_check"]
 
@@ -73,26 +75,22 @@ class Loaded:
         return blocks[layer]
 
     def tokens(
-        self, texts: Sequence[str], *, chat: bool = False, bos: bool = True
+        self, texts: Iterable[str], *, chat: bool = False, bos: bool = True
     ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
         """Return (input_ids, attention_mask), left padded, on the model's device.
 
-        bos puts the preset's beginning-of-text token in front. chat wraps each text as a user turn in the model's chat
+        bos puts the preset's beginning-of-text token in front, once. chat wraps each text as a user turn in the model's chat
         template, which sets its own first token. ValueError for an empty row or a model without a chat template.
 
         Example: `ids, mask = loaded.tokens(["I think", "Last night"])`.
         """
-        tok, head = self.tokenizer, []
-        if isinstance(texts, str):
-            raise ValueError(f"texts: expected a list of strings, got the string {texts[:40]!r}; put it in a list")
+        tok, texts = self.tokenizer, strings("texts", texts)
         if chat and not tok.chat_template:
             raise ValueError(f"{self.preset.name}: expected a model with a chat template, got none; use chat=False")
         if chat:
-            how = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-            rows = [tok.apply_chat_template([{"role": "user", "content": text}], **how) for text in texts]
+            rows = [prompt_ids(tok, text, chat=True) for text in texts]
         else:
-            head = [tok.bos_token_id] if bos and tok.bos_token_id is not None else []
-            rows = [head + tok(text, add_special_tokens=False)["input_ids"] for text in texts]
+            rows = [text_ids(tok, text) if bos else list(tok(text, add_special_tokens=False)["input_ids"]) for text in texts]
         if not rows or not all(rows):
             raise ValueError("texts: expected at least one token in every row, got an empty one; add text or bos=True")
         width = max(map(len, rows))

@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from steerkit.features import lens_logits, residuals
-from steerkit.generate import prompt_ids
+from steerkit.inputs import number, tensor
 from steerkit.packed import packed_linears
 from steerkit.partial import starting_from
+from steerkit.tokens import prompt_ids
 
 PROMPT = "From my experience,"  # as released, and behind the published numbers; the text of the paper says "In my experience,"
 
@@ -106,9 +107,10 @@ def output_scores(
     Raises ValueError for features that the SAE lacks or a `lens` of another length.
     """
     n = sae.W_dec.shape[0]
-    features = torch.arange(n) if features is None else torch.as_tensor(features).cpu()
+    features = torch.arange(n) if features is None else tensor("features", features).cpu()
     if len(features) and not 0 <= int(features.min()) <= int(features.max()) < n:
         raise ValueError(f"features: expected 0 to {n - 1}, got {int(features.min())} to {int(features.max())}")
+    factor = number("factor", factor)
     lens = lens_tokens(model, sae.W_dec[features], k=k) if lens is None else lens
     if len(lens) != len(features):
         raise ValueError(f"lens: expected a row for each of {len(features)} features, got {len(lens)}")
@@ -125,6 +127,11 @@ def output_scores(
         for part, tokens in zip(features.split(batch_size), lens.split(batch_size)):
             push = factor * a_max * sae.W_dec[part.to(x.device)].to(x)
             logits = above.logits(start + push).float()
+            if len(lost := part[(~torch.isfinite(logits.amax(-1))).nonzero()[:, 0].cpu()]):
+                raise ValueError(
+                    f"features {lost.tolist()[:8]}, factor {factor:g}: expected finite logits, got NaN or infinity in {model.dtype}: "
+                    "lower the factor, or open the model in float32"
+                )
             norm = logits.logsumexp(-1)
             confidence = (token_confidence(logits, k=k, norm=norm) - sure).abs()
             found.append([t.cpu() for t in (*rank_weighted(logits, tokens.to(x.device), norm=norm), confidence)])

@@ -2,10 +2,13 @@
 
 import ast
 import difflib
+import re
+import sys
 from dataclasses import dataclass
 
 from steerkit.provenance import tags
 
+MARK = "# Parameters"  # the first line of the cell that papermill injects
 TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
 
 
@@ -90,3 +93,25 @@ def check_parameters(declared: dict[str, Parameter], given: dict) -> dict:
         if not _fits(value, ast.parse(expected, mode="eval").body if expected else None):
             raise ValueError(f"parameter `{name}`: expected {expected}, got {value!r} ({type(value).__name__})")
     return values
+
+
+def check_kernel() -> None:
+    """Check the parameters of the notebook that runs in this kernel, whoever started it; outside a kernel do nothing.
+
+    What a notebook declares are its globals with a type. Papermill only warns of a name that is none of them, and takes
+    any value for any type. Raises ValueError as `check_parameters` does.
+    """
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is None:
+        return
+    spelled = {n: t.__name__ if isinstance(t, type) else str(t) for n, t in shell.user_ns.get("__annotations__", {}).items()}
+    ours = {name: hint for name, hint in spelled.items() if name in shell.user_ns and not set(re.findall(r"\w+", hint)) - set(TYPES)}
+    declared = {name: Parameter(name, hint, shell.user_ns[name], "") for name, hint in ours.items()}
+    cells = [cell for cell in shell.user_ns["In"] if cell.startswith(MARK)]
+    lines = ast.parse(cells[-1]).body if cells and declared else []
+    injected = {line.targets[0].id for line in lines if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name)}
+    try:
+        check_parameters(declared, {name: shell.user_ns[name] for name in [*declared, *sorted(injected)]})
+    except ValueError as exc:
+        how = " (papermill takes a list as -y 'name: [1, 2]', text that looks like a number as -r name text)"
+        raise ValueError(f"{exc}{how if injected & set(declared) else ''}") from None

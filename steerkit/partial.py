@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from steerkit.features import next_token_losses
-from steerkit.hooks import residual_blocks
+from steerkit.features import forward_losses
+from steerkit.hooks import eager, residual_blocks
+from steerkit.memory import halving
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def starting_from(model: nn.Module, layer: int, resid: Float[Tensor, "batch pos 
             raise ValueError(f"input ids: expected batch and length of resid {list(resid.shape[:2])}, got {list(hidden_states.shape[:2])}")
         return resid
 
-    with ExitStack() as stack:
+    with eager(), ExitStack() as stack:
         for block in blocks[: layer + 1]:
             stack.callback(block.__dict__.pop, "forward")
             block.forward = give if block is blocks[layer] else rest
@@ -54,9 +55,19 @@ def steered_token_losses(
 
     resid: the stream after `layer`, computed once for all steps. batch_size: rows x steps that run together.
     """
-    for part in torch.arange(len(steps)).split(max(1, batch_size // len(ids))):
+
+    def losses(part: Int[Tensor, " some"]) -> tuple[Tensor, Tensor]:
         steered = (resid + steps[part, None, None].to(resid)).flatten(0, 1)
         many = ids.repeat(len(part), 1)
         with starting_from(model, layer, steered):
-            losses = next_token_losses(model(input_ids=many, use_cache=False).logits, many)
-        yield part, losses.view(len(part), len(ids), -1)
+            found = forward_losses(model, many).view(len(part), len(ids), -1)
+        if len(lost := (~torch.isfinite(found)).any(-1).nonzero()):
+            step, row = lost[0].tolist()
+            push = f"row {row} of its batch, a push of norm {float(steps[part[step]].norm()):g} after layer {layer}"
+            raise ValueError(
+                f"{push}: expected finite losses, got NaN or infinity in {resid.dtype}: lower the scale, or open the model in float32"
+            )
+        return part, found
+
+    for part in torch.arange(len(steps)).split(max(1, batch_size // len(ids))):
+        yield from halving(losses, part)

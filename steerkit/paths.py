@@ -6,7 +6,18 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "data"
+
+
+def __getattr__(name: str) -> Path:
+    """Return the data folder as `DATA`; a wheel has none, and most of steerkit is nothing without it."""
+    if name != "DATA":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not (ROOT / "data").is_dir():
+        raise ImportError(
+            f"expected the folder data beside steerkit, got none in {ROOT}: a wheel, or `pip install .`, leaves out presets, SAEs "
+            "and concepts. Clone the repository, and call `make reproduce` or `pip install -e .` in it"
+        )
+    return ROOT / "data"
 
 
 def cache_dir() -> Path:
@@ -33,6 +44,17 @@ def shipped(folder: str | Path, preset: str, name: str, *, needed: bool = False)
     if needed:
         raise FileNotFoundError(f"expected {path}, got no such file: data/README.md says how it is made for a preset")
     return None
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise OSError unless files can be written into `folder`, which need not exist yet."""
+    wanted = here = resolve(folder)
+    while not here.exists():
+        here = here.parent
+    try:
+        tempfile.TemporaryFile(dir=here).close()
+    except OSError as error:
+        raise OSError(f"expected to write into {wanted}, got {error.strerror}: {here}; free it, or choose another folder") from None
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> Path:

@@ -1,7 +1,7 @@
 """One greedy pass that gives texts and SAE features pooled over the positions that predict them (CorrSteer, arXiv 2508.12535)."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,14 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from steerkit.decode import Sampling, Watch, decode
-from steerkit.generate import BASELINE, out_of_memory, prompt_ids, run_key, stop_tokens
+from steerkit.fingerprint import fingerprint
 from steerkit.hooks import residual_blocks
+from steerkit.inputs import strings
+from steerkit.memory import halving
 from steerkit.packed import packed_encode
 from steerkit.pooled import Pooled
 from steerkit.progress import bar
+from steerkit.tokens import prompt_ids, stop_tokens
 
 SITES = ("post", "pre")
 
@@ -62,7 +65,8 @@ class Pooler:
         self.window[index] += 1
         whole = len(index) == len(self.window)  # rows come in their order
         for layer, sae in self.saes.items():
-            z = self.encode[layer](resid[block_of(layer, self.site)][keep].to(sae.dtype)).float()
+            read = resid[block_of(layer, self.site)]
+            z = self.encode[layer](read[keep.to(read.device)].to(sae.W_dec.device, sae.dtype)).float().to(self.window.device)
             peak, total = self.peak[layer], self.total[layer]
             if whole:
                 torch.maximum(peak, z, out=peak)
@@ -91,7 +95,7 @@ class Pooler:
 def pool_generations(
     model: nn.Module,
     tokenizer,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     saes: Mapping[int, object],
     *,
     max_new_tokens: int = 32,
@@ -107,7 +111,8 @@ def pool_generations(
 
     z_i = max or mean over t of encode(h_t)_i, t from the last prompt token to the last token that predicts another; the
     step that predicts the end counts only if it is among the first `min_window` (released: 1 for one-token answers, the
-    default there, else 0, so that a text that ends at once has zeros). stop: the tokenizer's end and pad tokens by default.
+    default there, else 0, so that a text that ends at once has zeros). stop: by default the tokens
+    that end a text of this model (`tokens.stop_tokens`).
     saes: {layer: SAE, or `Raw` for residual coordinates}. site: "post", or "pre" as released (see `block_of`).
     With `out`, a folder ("{key}" becomes a hash of the run), finished batches are on disk and the same call carries on.
 
@@ -116,17 +121,18 @@ def pool_generations(
     >>> texts, pooled = pool_generations(model, tokenizer, prompts, saes)    # doctest: +SKIP
     >>> pooled.correlation(13, correct).r().max()                            # doctest: +SKIP
     """
+    prompts = strings("prompts", prompts)
     if not prompts or not saes or batch_size < 1:
         raise ValueError(f"expected at least one prompt, SAE and batch row, got {len(prompts)}, {len(saes)}, {batch_size}")
     if bad := [layer for layer in saes if not 0 <= layer < len(residual_blocks(model))]:
         raise ValueError(f"saes: expected layers 0 to {len(residual_blocks(model)) - 1} for this model, got {bad}")
-    stop = stop_tokens(tokenizer) if stop is None else stop
+    stop = stop_tokens(tokenizer, model) if stop is None else stop
     min_window = int(max_new_tokens == 1) if min_window is None else min_window
     sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, stop=tuple(stop))
     ids = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda r: (len(ids[r]), r))  # rows of like length share a batch
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    key = _pass_key(run_key(model, ids, [BASELINE], 1, sampling, "all", False), saes, site, min_window, batch_size)
+    key = fingerprint(model, ids, dict(saes), sampling, site, min_window, batch_size) if out else ""
     folder = Path(str(out).replace("{key}", key)) if out else None
     parts = []
     for number, batch in enumerate(bar(batches, "pool", "batch", show=progress)):
@@ -134,31 +140,17 @@ def pool_generations(
         if path is not None and path.exists():
             parts.append(Pooled.load(path, key=key))
             continue
-        parts.append(_batch(model, [ids[r] for r in batch], saes, sampling, site, min_window, tokenizer.pad_token_id or 0))
+        do = partial(_batch, model, saes, sampling, site, min_window, tokenizer.pad_token_id or 0)
+        parts.append(Pooled.join(halving(do, [ids[r] for r in batch])))
         if path is not None:
             parts[-1].save(path, key=key)
     pooled = Pooled.join(parts).take(np.argsort(order))
     return [tokenizer.decode(t) for t in pooled.tokens], pooled
 
 
-def _batch(model, ids: list[list[int]], saes, sampling: Sampling, site: str, min_window: int, pad: int) -> Pooled:
-    """Decode and pool a batch; on out-of-memory its halves."""
-    try:
-        pooler = Pooler(saes, len(ids), site=site, min_window=min_window, device=model.device)
-        same = [tuple(i) for i in ids]
-        done = decode(model, ids, [], rows=range(len(ids)), arm=same, shared=same, sampling=sampling, pad=pad, watch=pooler.watch)
-        return pooler.pooled([d.tokens for d in done])
-    except (RuntimeError, MemoryError) as error:
-        if len(ids) == 1 or not out_of_memory(error):
-            raise
-        torch.cuda.empty_cache()
-        half = len(ids) // 2
-        return Pooled.join([_batch(model, part, saes, sampling, site, min_window, pad) for part in (ids[:half], ids[half:])])
-
-
-def _pass_key(key: str, saes: Mapping[int, object], *settings) -> str:
-    digest = hashlib.sha256(f"{key}{settings}".encode())
-    for layer, sae in sorted(saes.items()):
-        digest.update(f"{layer}{type(sae).__name__}{tuple(sae.W_dec.shape)}".encode())
-        digest.update(sae.W_dec.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _batch(model, saes, sampling: Sampling, site: str, min_window: int, pad: int, ids: list[list[int]]) -> Pooled:
+    """Decode and pool a batch."""
+    pooler = Pooler(saes, len(ids), site=site, min_window=min_window, device=model.device)
+    same = [tuple(i) for i in ids]
+    done = decode(model, ids, [], rows=range(len(ids)), arm=same, shared=same, sampling=sampling, pad=pad, watch=pooler.watch)
+    return pooler.pooled([d.tokens for d in done])

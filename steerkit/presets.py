@@ -77,6 +77,12 @@ class Preset:
         """Layers that have an SAE in the default set."""
         return self.sae_set().layers
 
+    def layer(self, asked: int = -1) -> int:
+        """Return the layer asked for, or the primary one for -1; ValueError for a layer without an SAE."""
+        if asked != -1 and asked not in self.layers:
+            raise ValueError(f"{self.name}: expected a layer with an SAE, {self.layers}, or -1 for the preset's own, got {asked}")
+        return self.primary_layer if asked == -1 else asked
+
     def sae_set(self, name: str | None = None) -> SaeSet:
         """Return a named SAE set, the default one for None."""
         if name is not None and name not in self.saes:

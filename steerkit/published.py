@@ -1,10 +1,12 @@
 """Measured effects, wherever they are: shipped with this project, or published by SAE-TS on the hub."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
+from safetensors import safe_open
 from torch import Tensor
 
 from steerkit.approximator import Approximator, fit_adam, fit_ridge
@@ -55,21 +57,51 @@ def effects(spec: Preset) -> Effects:
     return Effects(scaled / scales[:, None], scales, y[:, None], torch.zeros(y.shape[1]))
 
 
+def source(given: str, spec: Preset, layer: int) -> str:
+    """Return where the effects of a preset are: what is `given`, else the shipped file of this layer, else "hub".
+
+    Raises ValueError, with the recipe, for a preset and layer without either, or an unknown file; and for a file of another
+    preset or layer.
+    """
+    shipped = f"data/effects/{spec.name}/layer_{layer}.safetensors"
+    recipe = (
+        f"python -m steerkit.measure_effects --preset {spec.name} --layer {layer} --out runs/effects/{spec.name} --ship {shipped} "
+        "measures them (for thousands of vectors: hours on a GPU)"
+    )
+    published = spec.effects is not None and layer == spec.primary_layer
+    chosen = given or (shipped if resolve(shipped).exists() else "hub" if published else "")
+    if chosen == "hub" and not published:
+        raise ValueError(f"{spec.name}, layer {layer}: expected a preset and layer with published effects, got one without: {recipe}")
+    if chosen == "hub":
+        return chosen
+    if not chosen or not resolve(chosen).exists():
+        got = f"no file {chosen}" if chosen else "none"
+        raise ValueError(f"{spec.name}, layer {layer}: expected measured effects, got {got}: {recipe}")
+    with safe_open(resolve(chosen), "pt") as file:
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
+    if (about.get("preset"), about.get("layer")) != (spec.name, layer):
+        raise ValueError(
+            f"{chosen}: expected effects of {spec.name}, layer {layer}, got those of {about.get('preset')}, "
+            f"layer {about.get('layer')}: {recipe}"
+        )
+    return chosen
+
+
 def measured(
-    source: str, spec: Preset, W_dec: Float[Tensor, "d_sae d_model"], *, n_held: int = 100
+    given: str, spec: Preset, W_dec: Float[Tensor, "d_sae d_model"], *, layer: int, n_held: int = 100
 ) -> tuple[Effects, Bool[Tensor, " n"], Effects | None, dict]:
     """Return effects, which vectors are held out, a second measurement of those (or None), and how they were made.
 
-    source: a file that `steerkit.measure_effects` wrote, or "hub" for the published ones, whose last `n_held` vectors are held out
-    as in the paper, and which were measured once.
+    given: as in `source`. The last `n_held` published vectors are held out, as in the paper, and were measured once.
     """
-    if source == "hub":
+    chosen = source(given, spec, layer)
+    if chosen == "hub":
         found = effects(spec)
         held = torch.arange(len(found.scales)) >= len(found.scales) - n_held
         return found, held, None, {"preset": spec.name, "source": spec.effects.repo}
     vectors, held = training_vectors(W_dec)
-    found, about = load(resolve(source), vectors)
-    again = resolve(source).with_suffix(".repeat1.safetensors")
+    found, about = load(resolve(chosen), vectors)
+    again = resolve(chosen).with_suffix(".repeat1.safetensors")
     return found, held[: len(found.scales)], load(again, vectors[held])[0] if Path(again).exists() else None, about
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from steerkit.features import next_token_losses, ordinary_positions, residuals, top_contexts
-from steerkit.hooks import residual_blocks
+from steerkit.features import forward_losses, ordinary_positions, residuals, top_contexts
+from steerkit.hooks import eager, residual_blocks
 from steerkit.paths import DATA, resolve, write_atomic
 from steerkit.stats import bootstrap
 
@@ -37,7 +37,7 @@ def fit(
     fires = {layer: torch.zeros(sae.W_dec.shape[0]) for layer, sae in saes.items()}
     for _, resid, keep in _read(model, tokenizer, saes, rows, outlier, batch_size):
         for layer, sae in saes.items():
-            for x in (acts[k].to(sae.dtype) for acts, k in zip(resid[layer], keep) if k.any()):
+            for x in (acts[k].to(sae.W_dec) for acts, k in zip(resid[layer], keep) if k.any()):  # an SAE from disk may lie elsewhere
                 f = sae.encode(x)
                 error = (x - sae.decode(f)).double().square().sum()
                 fires[layer] += (f > 0).sum(0).cpu()
@@ -122,7 +122,7 @@ def _read(model, tokenizer, saes, rows, outlier: float, batch_size: int) -> Iter
 
 
 def _loss(model: nn.Module, ids: Int[Tensor, "rows context"]) -> Float[Tensor, " rows"]:
-    return next_token_losses(model(input_ids=ids, use_cache=False).logits, ids).mean(1).cpu()
+    return forward_losses(model, ids).mean(1).cpu()
 
 
 @contextmanager
@@ -134,7 +134,8 @@ def _replaced(model: nn.Module, layer: int, other: Tensor, keep: Bool[Tensor, "r
 
     handle = residual_blocks(model)[layer].register_forward_hook(hook)
     try:
-        yield
+        with eager():
+            yield
     finally:
         handle.remove()
 
@@ -198,6 +199,14 @@ def density(loaded, layer: int, dataset: str, *, rows: int = 500) -> Float[Tenso
     texts = torch.stack([row for _, row in zip(range(rows), token_rows(str(source), loaded.tokenizer))])
     found = fit(loaded.hf, loaded.tokenizer, {layer: loaded.sae(layer)}, texts, outlier=loaded.preset.outlier)
     return found[1][layer].float().cpu()
+
+
+def density_source(preset: str, layer: int, dataset: str) -> str:
+    """Say where `density` takes its numbers from."""
+    if card_path(preset, layer).exists():
+        return "of the shipped feature cards, counted on validation text"
+    whose = ", which the embedded model wrote: give this preset plain text" if dataset.endswith("own_text.jsonl.gz") else ""
+    return f"counted here, on {dataset}{whose}"
 
 
 def card_path(preset: str, layer: int) -> Path:

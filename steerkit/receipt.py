@@ -16,24 +16,28 @@ class Receipt:
 
     changed(row, layer) gives absolute positions, ratio(row, layer) the mean |delta| / |resid| over them. Positions count
     the real tokens of a row from 0; pads have none. In a notebook it shows a strip of tokens coloured by |delta| / |resid|;
-    printed, the same as text.
+    printed, the same as text. It is that of the last prompts that the context saw.
     """
 
     tokenizer: object = None
     tokens: list[dict[int, int]] = field(default_factory=list)  # row -> {position: token id}
     ratios: dict[int, list[dict[int, float]]] = field(default_factory=dict)  # layer -> row -> {position: |delta|/|resid|}
     n_pads: list[int] = field(default_factory=list)
+    acted: bool = False  # whether any prompt of the context was changed anywhere
     _call: list = field(default_factory=list)
+    _real: Tensor | None = None
 
-    def open_call(self, ids, real: Bool[Tensor, "batch pos"], start: Int[Tensor, " batch"]) -> None:
-        """Note the tokens that a forward call feeds."""
-        if not self.tokens:
-            self.tokens = [{} for _ in range(len(real))]
+    def open_call(self, ids, real: Bool[Tensor, "batch pos"], start: Int[Tensor, " batch"], *, fresh: bool = False) -> None:
+        """Note the tokens that a forward call feeds; with `fresh` prompts the receipt starts anew."""
+        if fresh or not self.tokens:
+            self.tokens, self.ratios = [{} for _ in range(len(real))], {}
             self.n_pads = (~real).sum(1).tolist()
         if len(real) != len(self.tokens):
-            raise ValueError(f"receipt: expected {len(self.tokens)} rows as in the first call, got {len(real)}: open one context a batch")
+            raise ValueError(
+                f"receipt: expected {len(self.tokens)} rows as in the prompt's call, got {len(real)}: open one context a batch"
+            )
         position = (start[:, None] + real.long().cumsum(1) - 1).tolist()
-        self._call = position
+        self._call, self._real = position, real
         ids = ids.tolist() if ids is not None else [[-1] * real.shape[1]] * len(real)
         for row, keep in enumerate(real.tolist()):
             self.tokens[row].update({p: t for p, t, k in zip(position[row], ids[row], keep) if k})
@@ -43,9 +47,15 @@ class Receipt:
         position = self._call
         before, after = before.detach(), after.detach()
         ratio = (after.float() - before.float()).norm(dim=-1) / before.float().norm(dim=-1).clamp_min(1e-30)
+        if len(lost := (~torch.isfinite(ratio) & self._real.to(ratio.device)).any(1).nonzero()[:, 0].tolist()):
+            raise ValueError(
+                f"layer {layer}, rows {lost}: expected a finite residual stream, got NaN or infinity in {after.dtype}: "
+                "lower the scale, or open the model in float32"
+            )
         rows = self.ratios.setdefault(layer, [{} for _ in self.tokens])
         for row, t in (after != before).any(-1).nonzero().tolist():
             rows[row][position[row][t]] = float(ratio[row, t])
+            self.acted = True
 
     @property
     def layers(self) -> list[int]:
@@ -123,7 +133,7 @@ class Tally:
     def __init__(self, rows: int):
         self.count, self.total = torch.zeros(rows), torch.zeros(rows)
 
-    def open_call(self, ids, real, start) -> None:
+    def open_call(self, ids, real, start, *, fresh: bool = False) -> None:
         """Nothing to note: a tally keeps no tokens."""
 
     def add(self, layer: int, before: Float[Tensor, "batch pos d_model"], after: Float[Tensor, "batch pos d_model"]) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from steerkit import provenance
 from steerkit.cards import VERDICTS, Card, compare, verdict
 from steerkit.figures import METHOD_COLOURS, METHOD_MARKERS, Figure, band, check_figure, finding, numbers, panels, plain, png, style
-from steerkit.paths import resolve, write_atomic
+from steerkit.parameters import check_kernel
+from steerkit.paths import check_writable, resolve, write_atomic
 from steerkit.stats import Interval
 
 __all__ = ["METHOD_COLOURS", "METHOD_MARKERS", "VERDICTS", "Book", "Card", "Figure", "Provenance"]
@@ -59,14 +60,19 @@ def _peak_memory() -> str:
 class Book:
     """Collects what one notebook finds: numbers, figures and cards; `close` writes them into `out_dir`.
 
+    Opening one checks the notebook's parameters and that both folders can be written: ValueError, OSError.
+
     Example: `book = Book("01_steering_basics", out_dir=out_dir, figures_dir=figures_dir)`
     """
 
     def __init__(self, notebook: str, *, out_dir: str | Path, figures_dir: str | Path):
+        check_kernel()
         self.notebook, self.out_dir, self._figures = notebook, resolve(out_dir), str(figures_dir)
         self.metrics: dict[str, dict] = {}
         self.cards: dict[str, Card] = {}
         self._begun = time.monotonic()
+        for folder in (self.out_dir, Path(self._figures) / notebook):
+            check_writable(folder)
 
     def metric(
         self,

@@ -14,7 +14,8 @@ from pathlib import Path
 from steerkit import provenance
 from steerkit.jobs import Job, jobs, select
 from steerkit.parameters import check_parameters, parameters
-from steerkit.paths import ROOT, write_atomic
+from steerkit.paths import ROOT, check_writable, write_atomic
+from steerkit.progress import Cells, about
 from steerkit.provenance import INJECTED, check_stamp, leaks, stamp, tags
 from steerkit.report import results_table
 
@@ -49,24 +50,12 @@ def _this_python():
 
         @property
         def kernel_spec(self):
-            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=CRITICAL", "-f", "{connection_file}"]
             inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
             secure = {"supported_encryption": ["curve"]}
             return KernelSpec(argv=argv, language="python", display_name="Python 3", env=inline, metadata=secure)
 
     return ThisPython
-
-
-def _progress(name: str, total: int, seen: dict, report: Callable[[str], None]) -> dict:
-    """Return nbclient hooks that report a line for each code cell and keep the last one started in `seen`."""
-
-    def started(cell, cell_index):
-        seen.update(number=seen.get("number", 0) + 1, cell=cell.source, start=time.monotonic())
-
-    def ended(cell, cell_index, execute_reply):
-        report(f"[{name}] cell {seen['number']}/{total} {time.monotonic() - seen['start']:.1f} s")
-
-    return {"on_cell_execute": started, "on_cell_executed": ended}
 
 
 def _first_line(source: str) -> str:
@@ -79,8 +68,8 @@ def execute(job: Job, *, overrides: dict | None = None, report: Callable[[str], 
 
     Only parameters that differ from the notebook's own are injected, so a run at the notebook's own values reads as it
     was written. The executed notebook appears whole, with its stamp, or not at all; after a failure what was reached
-    is in <name>.failed.ipynb, and the record's `error` holds the cell, its first line and the exception. Raises
-    ValueError, before anything runs, for a parameter that is unknown or of a wrong type.
+    is in <name>.failed.ipynb, and the record's `error` holds the cell, its first line and the exception. Raises, before
+    anything runs, ValueError for a parameter that is unknown or of a wrong type, OSError for a folder that is read-only.
     """
     import nbformat
     from papermill import PapermillExecutionError, execute_notebook
@@ -89,22 +78,26 @@ def execute(job: Job, *, overrides: dict | None = None, report: Callable[[str], 
         given = job.given | overrides
         job = replace(job, given=given, parts=job.parts | {"given": provenance.digest(given)})
     folder, begun = job.root / job.folder, time.monotonic()
+    check_writable(folder)
     source = nbformat.read(job.root / job.source, 4)
+    record = {"notebook": job.name, "status": "running", "parts": job.parts, "cells": job.seconds}
     try:
         declared = parameters(source)
         values = check_parameters(declared, job.given)
-    except ValueError as exc:
+        for place in (values["out_dir"], f"{values['figures_dir']}/{job.name}"):
+            check_writable(job.root / place)
+    except (ValueError, OSError) as exc:
         error = {"cell": 0, "of": 0, "line": "parameters", "what": str(exc)}
-        write_atomic(folder / "status.json", json.dumps({"status": "failed", "parts": job.parts, "error": error}, indent=1))
+        write_atomic(folder / "status.json", json.dumps(record | {"status": "failed", "error": error}, indent=1))
         raise
     changed = {n: v for n, v in values.items() if (v, type(v)) != (declared[n].default, type(declared[n].default))}
-    total = sum(c.cell_type == "code" and bool(c.source.strip()) for c in source.cells) + bool(changed)
+    sources = [c.source for c in source.cells if c.cell_type == "code" and c.source.strip()]
+    cells = Cells(job.name, sources, len(sources) + bool(changed), job.seconds, report)
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("*.done"), *folder.glob("*.ipynb"), folder / "results.json"]:
         old.unlink(missing_ok=True)
-    record = {"notebook": job.name, "status": "running", "parts": job.parts}
     write_atomic(folder / "status.json", json.dumps(record, indent=1))
-    running, seen, error = folder / f"{job.name}.running.ipynb", {}, ""
+    running, error = folder / f"{job.name}.running.ipynb", ""
     try:
         execute_notebook(
             job.root / job.source,
@@ -116,7 +109,7 @@ def execute(job: Job, *, overrides: dict | None = None, report: Callable[[str], 
             record_timing=False,
             coalesce_streams=True,
             kernel_manager_class=_this_python(),
-            **_progress(job.name, total, seen, report),
+            **cells.hooks,
         )
         if not (folder / "results.json").exists():
             error = "the notebook ended without writing results.json: end it with `book.close(...)`"
@@ -125,8 +118,9 @@ def execute(job: Job, *, overrides: dict | None = None, report: Callable[[str], 
     except Exception as exc:  # a dead kernel, a full disk: whatever ends a run is reported in the same way
         error = f"{type(exc).__name__}: {exc}"
     record |= {"status": "failed" if error else "done", "seconds": round(time.monotonic() - begun, 1)}
+    record["cells"] = cells.before | cells.seconds if cells.before or not error else {}  # never the beginning alone
     if error:
-        where = {"cell": seen.get("number", 0), "of": total, "line": _first_line(seen.get("cell", ""))}
+        where = {"cell": cells.number, "of": cells.total, "line": _first_line(cells.source)}
         record["error"] = where | {"what": error[:2000]}
         if running.exists():
             running.replace(folder / f"{job.name}.failed.ipynb")
@@ -137,6 +131,7 @@ def execute(job: Job, *, overrides: dict | None = None, report: Callable[[str], 
             parameters=values,
             scale=job.scale,
             seconds=record["seconds"],
+            cells=cells.seconds,
             executed_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         nb.metadata["steerkit"] = nb.metadata.get("steerkit", {}) | {"stamp": sealed}
@@ -162,11 +157,15 @@ def _tidy(nb: dict) -> dict:
 
 
 def status(chosen: Iterable[Job]) -> list[str]:
-    """Return a line for each notebook: up to date, or why it has to run."""
-    return [
-        f"[{j.name}] up to date (it took {j.record.get('seconds', 0):.0f} s)" if j.state == "done" else f"[{j.name}] to run: {j.state}"
-        for j in chosen
-    ]
+    """Return a line for each notebook: up to date, or why it has to run and for about how long; and for how long in all."""
+    lines, left = [], []
+    for job in chosen:
+        if job.state == "done":
+            lines.append(f"[{job.name}] up to date (it took {job.record.get('seconds', 0):.0f} s)")
+            continue
+        left.append(sum(job.seconds.values()))
+        lines.append(f"[{job.name}] to run: {job.state}" + (f" ({about(left[-1])})" if left[-1] else ""))
+    return [*lines, f"{about(sum(left))} in all"] if len(left) > 1 and all(left) else lines
 
 
 def table(scale: str, *, root: Path = ROOT, fmt: str = "simple") -> str:
@@ -210,6 +209,16 @@ def _literal(text: str):
         return {"true": True, "false": False, "null": None}.get(text.lower(), text)
 
 
+def _check(job: Job) -> None:
+    """Raise ValueError, with the names of both, if the scale file gives the notebook parameters that it does not take."""
+    import nbformat
+
+    try:
+        check_parameters(parameters(nbformat.read(job.root / job.source, 4)), job.given)
+    except ValueError as exc:
+        raise ValueError(f"notebooks/scales/{job.scale}.yaml, {job.name}: {exc}") from None
+
+
 def _notebook(job: Job, overrides: dict, key: str) -> int:
     record = execute(job, overrides=overrides)
     if error := record.get("error"):
@@ -238,6 +247,8 @@ def _command(args: argparse.Namespace) -> int:
             raise ValueError("name one notebook")
         return _notebook(chosen[0], {name: _literal(value) for name, value in args.p}, args.key)
     if args.command == "status":
+        for job in chosen:
+            _check(job)
         log.info("\n".join(status(chosen)) or f"no notebooks in {args.scale}.yaml")
     elif args.command == "table":
         log.info("\n%s", table(args.scale, root=root))
@@ -264,9 +275,13 @@ def main(argv: list[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     try:
         return _command(args)
-    except ValueError as exc:
+    except (ValueError, OSError) as exc:
         log.error("error: %s", exc)
         return 2
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # its word on the kernel that ended with us
+        log.error("interrupted: call again to go on")
+        return 130
 
 
 if __name__ == "__main__":

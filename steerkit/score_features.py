@@ -1,6 +1,7 @@
 """Score all features of a preset's SAEs and count which lens tokens meet in text: `python -m steerkit.score_features`."""
 
 import argparse
+from collections.abc import Sequence
 from itertools import islice
 
 import pandas as pd
@@ -9,9 +10,21 @@ from steerkit.harvest import token_rows
 from steerkit.input_scores import collect, input_scores
 from steerkit.models import load_model, preset
 from steerkit.output_scores import lens_tokens, output_scores
-from steerkit.paths import resolve, write_table
+from steerkit.paths import resolve, shipped, write_table
 from steerkit.saes import load_sae
 from steerkit.success import cooccurrence, sample_features
+
+
+def known(folder: str, name: str, layers: Sequence[int]) -> pd.DataFrame:
+    """Return the scores of a preset's features at these layers; where some are missing the error holds the recipe."""
+    path, recipe = shipped(folder, name, "scores.csv.gz"), f"python -m steerkit.score_features --preset {name} --text PATH_OR_HUB_ID"
+    recipe += f" --layers {' '.join(map(str, layers))} --out runs/scores/{name}, then scores=runs/scores"
+    if path is None:
+        raise FileNotFoundError(f"expected scores of {name}'s features in {resolve(folder) / name}, got none. Make them: {recipe}")
+    found = pd.read_csv(path)
+    if absent := set(layers) - set(found.layer):
+        raise ValueError(f"{path}: expected scores of layers {list(layers)}, got none of {sorted(absent)}. Make them: {recipe}")
+    return found[found.layer.isin(layers)]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steerkit.fingerprint import fingerprint
 from steerkit.generate import Arm, generate
 from steerkit.hooks import Boost
 from steerkit.journal import score_texts
 from steerkit.judges.coherence import token_losses
+from steerkit.tokens import bare_ids, stop_tokens
 
 FACTORS = (0.2, 0.4, 0.8, 1.2, 1.6, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 20.0)
 THRESHOLDS = (*(10.0**k for k in range(-10, -2)), 0.01, 0.1, 0.3, 0.5, 0.7, 0.9)
@@ -67,10 +69,12 @@ def sweep(
     the unsteered model on prompt and text; the paper takes another model's. With `out` (a folder) finished layers stay.
     """
     tables = []
-    stop = [*period_tokens(loaded.tokenizer), loaded.tokenizer.eos_token_id]
+    stop = [*period_tokens(loaded.tokenizer), *stop_tokens(loaded.tokenizer, loaded.hf)]
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "stop": stop, "keep_stop": True}
     settings |= {"window": "last", "seed": seed, "batch_size": batch_size, "progress": progress}
-    prompt_ids = {p: loaded.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts}
+    prompt_ids = {p: bare_ids(loaded.tokenizer, p) for p in prompts}
+
+    reader = fingerprint(loaded.hf, prompt_ids) if out else ""
 
     def losses(part: pd.DataFrame) -> dict[str, list]:
         nats = token_losses(loaded.hf, loaded.tokenizer, [prompt_ids[p] + t for p, t in zip(part.prompt, part.tokens)])
@@ -83,7 +87,7 @@ def sweep(
         texts = generate(loaded.hf, loaded.tokenizer, list(prompts), arms, out=path, **settings)
         of = dict(zip(map(str, chosen), lens[layer].tolist()))
         counts = {f"at{k}": [hits(t, of[a], k=k) for t, a in zip(texts.tokens, texts.arm)] for k in (1, 5, 20)}
-        nats = score_texts(texts[["prompt", "text", "tokens"]], losses, name="losses", out=path, progress=progress)
+        nats = score_texts(texts[["prompt", "text", "tokens"]], losses, name="losses", by=reader, out=path, progress=progress)
         table = texts[["prompt", "text"]].assign(layer=layer, feature=texts.arm.astype(int), factor=texts.scale, **counts)
         tables.append(table.assign(loss=nats.loss, tokens=nats.read))
     return pd.concat(tables, ignore_index=True)

@@ -1,8 +1,7 @@
 """One CorrSteer trial (arXiv 2508.12535): a selection pass, the methods under comparison, and what each does to the answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from zlib import crc32
 
@@ -12,7 +11,8 @@ import pandas as pd
 from steerkit import corrsteer
 from steerkit.corrsteer import Pick, ser
 from steerkit.finetune import lora
-from steerkit.generate import BASELINE, Arm, generate, hash_weights, stop_tokens
+from steerkit.fingerprint import fingerprint as key_of
+from steerkit.generate import BASELINE, Arm, generate
 from steerkit.journal import Journal
 from steerkit.nulls import permutation_null, shuffled
 from steerkit.pooled import Pooled
@@ -20,6 +20,7 @@ from steerkit.pooling import Raw, pool_generations
 from steerkit.questions import Question, Task, bias_score, split
 from steerkit.questions.correct import letter
 from steerkit.stats import bootstrap, paired_difference
+from steerkit.tokens import stop_tokens
 
 # name -> (variant, what `rank` is told); the paper's Table 1 in our words, its ablations, and controls.
 RULES = {
@@ -55,6 +56,15 @@ class Trial:
     def y(self) -> np.ndarray:
         """Outcomes of the selection questions, 0 or 1."""
         return self.selection.correct.to_numpy()
+
+
+def check_chat(loaded, tasks: Iterable[Task]) -> None:
+    """Raise ValueError for tasks that need a chat template where the model has none, before anything is asked."""
+    if not loaded.tokenizer.chat_template and (names := [task.name for task in tasks if task.chat]):
+        raise ValueError(
+            f"{', '.join(names)}: expected a model with a chat template for these tasks, {loaded.preset.name} has none: "
+            "use an instruct preset, or the released benchmarks (mmlu, bbq_ambig, ...), which are asked as plain text"
+        )
 
 
 def run(
@@ -114,8 +124,8 @@ def ask(
 
     Steering acts on the last prompt token and all new ones, as released. allowed: constrained decoding. `out` as in `generate`.
     """
-    settings = {"temperature": 0.0, "max_new_tokens": task.max_new_tokens, "stop": stop_tokens(loaded.tokenizer), "allowed": allowed}
-    settings |= {"window": "last", "chat": task.chat, "batch_size": batch_size, "out": out, "progress": progress}
+    settings = {"temperature": 0.0, "max_new_tokens": task.max_new_tokens, "stop": stop_tokens(loaded.tokenizer, loaded.hf)}
+    settings |= {"allowed": allowed, "window": "last", "chat": task.chat, "batch_size": batch_size, "out": out, "progress": progress}
     texts = generate(loaded.hf, loaded.tokenizer, [q.prompt for q in questions], arms, **settings)
     asked = np.repeat(np.arange(len(questions)), len(arms))
     rows, grader = _graded(task, texts.text.tolist(), [questions[q] for q in asked])
@@ -234,14 +244,12 @@ def rivals(
 
 def _tuned(loaded, found: Trial, *, epochs: float, batch_size: int, out: str | Path | None) -> pd.DataFrame:
     """Return the test answers of the model fine-tuned on the selection questions; they are kept, the tuned model is not."""
-    asked = [(q.prompt, q.gold) for q in (*found.asked, *found.test)]
-    digest = sha256(repr((found.seed, epochs, asked)).encode())
-    hash_weights(digest, loaded.hf)
-    key = digest.hexdigest()[:16]
+    task, rules = replace(found.task, parts={}), lora.__kwdefaults__
+    key = key_of(loaded.hf, task, found.asked, found.test, found.seed, epochs, rules, batch_size)
     journal = Journal(Path(out) / f"lora-{key}.jsonl" if out else None, key)
     if not journal.has(range(len(found.test))):
-        tuned = lora(loaded.hf, loaded.tokenizer, found.asked, chat=found.task.chat, epochs=epochs, seed=found.seed)
-        answers = ask(replace(loaded, hf=tuned), found.task, found.test, batch_size=batch_size)
+        with lora(loaded.hf, loaded.tokenizer, found.asked, chat=found.task.chat, epochs=epochs, seed=found.seed):
+            answers = ask(loaded, found.task, found.test, batch_size=batch_size)
         journal.write(answers.assign(row=range(len(answers))).to_dict("records"))
     return pd.DataFrame([journal.rows[row] for row in range(len(found.test))]).drop(columns="row")
 

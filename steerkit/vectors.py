@@ -1,18 +1,20 @@
 """A `SteeringVector`, and the recipes that make one."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from steerkit.edits import Ablate, Add
 from steerkit.features import ordinary_positions, residuals, token_batches
-from steerkit.hooks import Ablate, Add
+from steerkit.inputs import Array, Number, Whole, jsonable, number, strings, tensor, whole
 from steerkit.paths import write_atomic
 
 
@@ -21,7 +23,8 @@ class SteeringVector:
     """A unit direction in the residual stream after block `layer`, with where it fits and how it was made.
 
     `weight` multiplies the scale (1.0 for a recipe's result), so that sums keep their proportions:
-    `0.5 * love + wedding`. Whatever is given as `direction` [d_model] is normalised.
+    `0.5 * love + wedding`. Whatever is given as `direction` [d_model] (a tensor, an array, a row or column of a matrix) is
+    copied and normalised.
 
     Raises ValueError for a zero vector, NaN or infinity, or a sum over two layers or presets.
 
@@ -31,14 +34,17 @@ class SteeringVector:
     """
 
     name: str
-    direction: Float[Tensor, " d_model"]
-    layer: int
+    direction: Float[Tensor, " d_model"] | Array
+    layer: Whole
     preset: str
     made: dict = field(default_factory=dict)
-    weight: float = 1.0
+    weight: Number = 1.0
 
     def __post_init__(self) -> None:
-        vector = self.direction.detach().float().cpu()
+        given = self.direction if isinstance(self.direction, Tensor) else tensor(self.name, self.direction)
+        vector = given.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)  # its own, whoever writes to the rest
+        for name, plain in {"layer": whole, "weight": number}.items():
+            object.__setattr__(self, name, plain(f"{self.name}.{name}", getattr(self, name)))
         if vector.ndim != 1:
             raise ValueError(f"{self.name}: expected a direction of shape [d_model], got {list(vector.shape)}")
         if not torch.isfinite(vector).all():
@@ -54,15 +60,18 @@ class SteeringVector:
         """The TransformerLens name of the place."""
         return f"blocks.{self.layer}.hook_resid_post"
 
-    def edit(self, scale: float) -> Add:
+    __array_ufunc__ = None  # a numpy number times a vector asks the vector
+
+    def edit(self, scale: Number | Tensor) -> Add:
         """Return the edit that adds this vector with norm `scale` x `weight`, in residual units."""
-        return Add(self.layer, self.direction, scale * self.weight)
+        return Add(self.layer, self.direction, number(f"{self.name}: scale", scale) * self.weight)
 
     def ablation(self) -> Ablate:
         """Return the edit that removes this direction."""
         return Ablate(self.layer, self.direction)
 
-    def __mul__(self, factor: float) -> "SteeringVector":
+    def __mul__(self, factor: Number | Tensor) -> "SteeringVector":
+        factor = number(f"{self.name}: factor", factor)
         sign = 1 if factor >= 0 else -1
         return replace(self, direction=sign * self.direction, weight=abs(factor) * self.weight, name=f"{factor:g} {self.name}")
 
@@ -108,7 +117,7 @@ class SteeringVector:
             "made": self.made,
             "weight": self.weight,
         }
-        return write_atomic(path, to_bytes({"direction": self.direction}, {"steering_vector": json.dumps(about)}))
+        return write_atomic(path, to_bytes({"direction": self.direction}, {"steering_vector": json.dumps(about, default=jsonable)}))
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
@@ -121,12 +130,15 @@ class SteeringVector:
             raise ValueError(f"{path}: expected a steering vector written by SteeringVector.save, got {error}: make it again") from error
 
 
-def sae_row(sae, features: int | dict[int, float], *, layer: int, preset: str, name: str | None = None) -> SteeringVector:
+def sae_row(sae, features: Whole | Tensor | Iterable | Mapping, *, layer: Whole, preset: str, name: str | None = None) -> SteeringVector:
     """Return the SAE decoder row of a feature, or the weighted sum of several, normalised (SAE-TS section 5, baseline "SAE").
 
-    v = norm(sum_i w_i W_dec[i]).
+    v = norm(sum_i w_i W_dec[i]). features: one, several of weight 1, or weights by feature (a dict or a pandas Series).
     """
-    weights = {features: 1.0} if isinstance(features, int) else features
+    if hasattr(features, "items"):
+        weights = {whole("features", i): number("features", w) for i, w in features.items()}
+    else:
+        weights = {whole("features", i): 1.0 for i in (features if np.ndim(features) else [features])}
     d_sae = sae.W_dec.shape[0]
     if bad := [i for i in weights if not 0 <= i < d_sae]:
         raise ValueError(f"features: expected 0 to {d_sae - 1}, got {bad}")
@@ -143,10 +155,10 @@ def sae_row(sae, features: int | dict[int, float], *, layer: int, preset: str, n
 def caa(
     model: nn.Module,
     tokenizer,
-    positive: Sequence[str],
-    negative: Sequence[str],
+    positive: Iterable[str],
+    negative: Iterable[str],
     *,
-    layer: int,
+    layer: Whole,
     preset: str,
     name: str = "CAA",
     outlier: float = 10.0,
@@ -158,10 +170,12 @@ def caa(
     SAE-TS averages over the beginning-of-text token too (include_first=True). Where that token's norm is a hundred
     times the others', as in the embedded model, it would turn prompt length into the main difference; hence the default.
     """
+    layer = whole("layer", layer)
+    positive, negative = strings("positive", positive), strings("negative", negative)
     if not positive or not negative:
         raise ValueError(f"expected at least one positive and one negative prompt, got {len(positive)} and {len(negative)}")
 
-    def mean(prompts: Sequence[str]) -> Float[Tensor, " d_model"]:
+    def mean(prompts: list[str]) -> Float[Tensor, " d_model"]:
         total = []
         for ids, mask in token_batches(tokenizer, prompts):
             ids, mask = ids.to(model.device), mask.to(model.device)
@@ -169,14 +183,16 @@ def caa(
             keep = (
                 mask.bool() if include_first else ordinary_positions(ids, mask, resid, special=tokenizer.all_special_ids, outlier=outlier)
             )
-            total.append((resid[layer].float() * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp_min(1))
+            read, keep = resid[layer].float(), keep.to(resid[layer].device)
+            total.append((read * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp_min(1))
         return torch.cat(total).mean(0)
 
     made = {"method": "caa", "positive": len(positive), "negative": len(negative), "include_first": include_first}
     return SteeringVector(name, mean(positive) - mean(negative), layer, preset, made)
 
 
-def random_direction(d_model: int, *, layer: int, preset: str, seed: int = 0) -> SteeringVector:
+def random_direction(d_model: int, *, layer: Whole, preset: str, seed: Whole = 0) -> SteeringVector:
     """Return a direction drawn uniformly from the sphere: the control of equal norm."""
+    seed = whole("seed", seed)
     draw = torch.randn(d_model, generator=torch.Generator().manual_seed(seed))
     return SteeringVector("random direction", draw, layer, preset, {"method": "random", "seed": seed})

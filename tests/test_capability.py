@@ -262,3 +262,16 @@ def test_all_of_blimp_is_drawn_evenly(shared):
     assert len(drawn) == 67 * 7 and (drawn.UID.value_counts() == 7).all()
     assert set(drawn.field) == {"morphology", "syntax", "semantics", "syntax_semantics", "syntax/semantics"}
     assert not (drawn.sentence_good == drawn.sentence_bad).any()
+
+
+@pytest.mark.parametrize("what", [steered_losses, prefers_good, chooses_right])
+def test_no_answer_is_chosen_by_losses_that_are_not_numbers(what):
+    """A push beyond float16, where every comparison with NaN would be false and the first choice would win."""
+    model, tok = tiny.model("llama").half(), tiny.tokenizer()
+    pairs = pd.DataFrame([["a good one", "bad one a", "f", "u"]], columns=COLUMNS)
+    asked = [Question("t", "1", "g", "Which?", "A", ("x", "y"))]
+    material = {steered_losses: TEXTS, prefers_good: pairs, chooses_right: asked}[what]
+    with pytest.raises(ValueError, match=r"push of norm 1e\+06 after layer 1: expected finite losses.*torch.float16"):
+        what(model, tok, material, vectors(), [0.0, 1e6], layer=1)
+    with pytest.raises(ValueError, match="scales: expected finite"):
+        what(model, tok, material, vectors(), torch.tensor([float("nan")]), layer=1)

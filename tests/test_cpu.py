@@ -1,5 +1,9 @@
 """bfloat16 is chosen where the machine multiplies it, never elsewhere; the two dtypes agree within what is said."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import tiny
 import torch
@@ -71,3 +75,12 @@ def test_the_two_dtypes_agree_within_what_is_said():
     (loss, row), (loss_16, row_16) = found.values()
     assert loss_16 == pytest.approx(loss, abs=0.05) and loss_16 != loss
     assert row_16["fvu"] == pytest.approx(row["fvu"], abs=0.002) and row_16["l0"] == pytest.approx(row["l0"], rel=0.01)
+
+
+@pytest.mark.parametrize("mine", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_sleep_at_barriers_unless_told_otherwise(mine):
+    code = "import steerkit, os; print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | mine
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.split()
+    expected = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} if "OMP_WAIT_POLICY" not in mine else {"GOMP_SPINCOUNT": "None"}
+    assert said == list(({"OMP_WAIT_POLICY": "PASSIVE", **expected} | mine).values())

@@ -260,3 +260,53 @@ def test_the_recipe_measures_ships_and_resumes(tmp_path, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").rglob("*.safetensors")}
     M.main(call)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "parts").rglob("*.safetensors")}
+
+
+def planted_recipe(monkeypatch, tmp_path):
+    """The command on a planted model, calibrated to scales that follow the rise asked for."""
+    spec = types.SimpleNamespace(name="tiny", primary_layer=1, outlier=1e9, sae_set=lambda: None)
+    monkeypatch.setattr(M, "preset", lambda name: spec)
+    monkeypatch.setattr(M, "load_model", lambda spec, dtype: (tiny.model("llama"), tiny.tokenizer()))
+    monkeypatch.setattr(M, "load_sae", lambda *a, **k: tiny.planted_sae())
+    real = M.training_vectors
+    monkeypatch.setattr(M, "training_vectors", lambda W: real(W, n_held=1))
+    monkeypatch.setattr(E.Scheme.__init__, "__defaults__", (("", "ab"), 1, 8, E.SAMPLING, "ordinary", 10.0))
+    grown = lambda model, ids, v, rise, **k: (torch.full((len(v),), 4 * rise), torch.zeros(len(v), dtype=torch.bool), 1.0)  # noqa: E731
+    monkeypatch.setattr(M, "calibrate", grown)
+    monkeypatch.setattr(M, "budget", lambda *a, **k: pd.DataFrame({"prompts": [2]}))
+    return ["--ship", str(tmp_path / "e.safetensors"), "--first", "4", "--block", "4"]
+
+
+def test_another_rise_never_ships_the_scales_of_the_last(tmp_path, monkeypatch):
+    call = planted_recipe(monkeypatch, tmp_path)
+    vs, _ = M.training_vectors(tiny.planted_sae().W_dec)
+    M.main([*call, "--out", str(tmp_path / "parts"), "--rise", "0.5"])
+    assert E.load(tmp_path / "e.safetensors", vs)[0].scales.tolist() == [2.0] * 4
+    with pytest.raises(ValueError, match="other vectors, scales or settings"):
+        M.main([*call, "--out", str(tmp_path / "parts"), "--rise", "1.0"])
+    M.main([*call, "--out", str(tmp_path / "others"), "--rise", "1.0"])
+    shipped, about = E.load(tmp_path / "e.safetensors", vs)
+    assert shipped.scales.tolist() == [4.0] * 4 and about["rise"] == 1.0
+
+
+@pytest.mark.parametrize("change", ["threshold", "prompts' tokens", "batch size"])
+def test_kept_parts_belong_to_one_sae_one_tokenizer_and_one_way_to_cut(tmp_path, change):
+    """A part is numbered by its first vector, so that another batch size would find parts of another length."""
+    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
+    settings = {"layer": 1, "scheme": SHORT, "batch_size": 2, "progress": False, "out": tmp_path, "baseline": torch.zeros(2 * tiny.D_MODEL)}
+    measure(model, tok, sae, vectors(4), torch.full((4,), 3.0), **settings)
+    if change == "threshold":
+        with torch.no_grad():
+            sae.threshold += 1.0
+    elif change == "batch size":
+        settings["batch_size"] = 4
+    else:
+        tok.bos_token = "<eos>"
+    with pytest.raises(ValueError, match="other vectors, scales or settings"):
+        measure(model, tok, sae, vectors(4), torch.full((4,), 3.0), **settings)
+
+
+def test_rollouts_that_are_not_finite_name_vector_scale_and_dtype():
+    model, tok, sae = tiny.model("llama").half(), tiny.tokenizer(), tiny.planted_sae()
+    with pytest.raises(ValueError, match=r"^vector 1 at scale 1e\+06: .*torch.float16"):
+        measure(model, tok, sae, vectors(2), torch.tensor([3.0, 1e6]), layer=1, scheme=SHORT, baseline=torch.zeros(2 * tiny.D_MODEL))

@@ -88,10 +88,10 @@ def test_sweep_judges_each_topic_with_its_own_vectors_and_shared_ones(monkeypatc
     """Judges that read planted words: behaviour is the share of the topic's letter, coherence 1 for every text."""
     model, tok, asked = tiny.model("llama"), tiny.tokenizer(), []
 
-    def coherence(hf, tokenizer):
+    def coherence():
         return lambda texts, prompts: asked.extend(texts) or np.ones(len(texts))
 
-    monkeypatch.setattr("steerkit.judges.coherence.coherence_judge", coherence)
+    monkeypatch.setattr("steerkit.judges.coherence.embedded_judge", coherence)
     monkeypatch.setattr(V, "concept_judge", lambda topic: lambda texts: np.array([t.count(topic) / max(len(t), 1) for t in texts]))
     head = model.get_output_embeddings().weight.detach()
     letters = {c: tok(c, add_special_tokens=False)["input_ids"][0] for c in "ab"}

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from steerkit.features import feature_means, logit_lens, residuals, token_batches, top_contexts
+from steerkit.features import feature_means, logit_lens, residuals, separating, token_batches, top_contexts
 
 TEXTS = ["abc", "a longer text than the first", "q"]
 
@@ -51,3 +51,14 @@ def test_top_contexts_find_planted_peaks_and_mark_the_edges():
 def test_a_layer_that_the_model_lacks_is_a_clear_error():
     with pytest.raises(ValueError, match="expected 0 to 2"):
         residuals(tiny.model("llama"), torch.ones(1, 3, dtype=torch.long), layers=[3])
+
+
+def test_no_feature_is_chosen_by_means_that_are_not_numbers():
+    positive = torch.tensor([[5.0, float("nan"), 1.0]])
+    with pytest.raises(ValueError, match="feature means: expected finite numbers"):
+        separating(positive, torch.zeros(1, 3), k=1)
+    model = tiny.model("llama").half()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(6e4)
+    with pytest.raises(ValueError, match=r"directions: expected finite logits.*torch.float16"):
+        logit_lens(model, tiny.tokenizer(), torch.ones(tiny.D_MODEL))

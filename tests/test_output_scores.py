@@ -178,3 +178,13 @@ def test_published_output_scores(name, key):
         found = output_scores(loaded.hf, loaded.tokenizer, loaded.sae(layer), list(wanted), layer=layer)
         large = {i: w for i, w in enumerate(wanted.values()) if w is not None and w > 1e-3}
         assert {i: found.score[i].item() for i in large} == pytest.approx(large, rel=1e-2)
+
+
+def test_no_score_comes_from_logits_that_are_not_finite():
+    """A NaN has no token above it, so its rank would be the best one."""
+    model, tok, sae = tiny.model("llama").half(), tiny.tokenizer(), tiny.planted_sae()
+    lens = torch.tensor([[3, 4]])
+    with pytest.raises(ValueError, match=r"features \[5\], factor 1e\+06: expected finite logits.*torch.float16"):
+        output_scores(model, tok, sae, [5], layer=1, factor=1e6, lens=lens)
+    with pytest.raises(ValueError, match="factor: expected a finite number"):
+        output_scores(model, tok, sae, [5], layer=1, factor=float("nan"), lens=lens)

@@ -214,3 +214,30 @@ def test_sites_and_settings_out_of_range_are_clear_errors():
         run([])
     with pytest.raises(ValueError, match="layers 0 to 2"):
         run(saes={3: Raw(D)})
+
+
+@pytest.mark.parametrize("name", ["threshold", "b_enc", "W_enc"])
+def test_features_kept_of_one_sae_are_not_those_of_another(tmp_path, name):
+    """The same decoder and another encoder: another folder with "{key}", and an error in the same one."""
+    other = tiny.planted_sae()
+    with torch.no_grad():
+        getattr(other, name).add_(0.5)
+    here, there = {"out": tmp_path / "same"}, {"out": tmp_path / "{key}"}
+    expected = run(saes={1: other})[1].z(1).nnz
+    assert run(saes={1: tiny.planted_sae()}, **there)[1].z(1).nnz != expected == run(saes={1: other}, **there)[1].z(1).nnz
+    run(saes={1: tiny.planted_sae()}, **here)
+    with pytest.raises(ValueError, match="another run"):
+        run(saes={1: other}, **here)
+
+
+def test_pooled_positions_end_where_hugging_face_ends_the_answer():
+    """Two end tokens in the generation config, of which the tokenizer knows one: nothing past the answer is pooled."""
+    model, tok = tiny.model("llama"), tiny.tokenizer()
+    free = generate(model, tok, PROMPTS, temperature=0.0, max_new_tokens=8, progress=False).tokens
+    model.generation_config.eos_token_id = [2, free[0][3]]
+    _, pooled = pool_generations(model, tok, PROMPTS, {1: tiny.planted_sae()}, max_new_tokens=8, progress=False)
+    for prompt, window in zip(PROMPTS, pooled.window):
+        ids = torch.tensor([prompt_ids(tok, prompt)])
+        new = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert window == len([t for t in new.tolist() if t not in (0, 2, free[0][3])])
+    assert pooled.window[0] <= 3

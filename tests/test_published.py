@@ -29,7 +29,7 @@ def test_adapter_and_effects_are_read_as_ours(tmp_path, monkeypatch):
     put(cache, "effects_2b.pt", {"features": unit * scales[:, None], "effects": y})
     found = published.adapter(preset("gemma-2-2b"))
     torch.testing.assert_close(found(unit), unit @ W + b, rtol=1e-2, atol=1e-2)
-    effects, held, repeat, _ = published.measured("hub", preset("gemma-2-2b"), W.T, n_held=2)
+    effects, held, repeat, _ = published.measured("hub", preset("gemma-2-2b"), W.T, layer=12, n_held=2)
     torch.testing.assert_close(effects.vectors, unit)
     torch.testing.assert_close(effects.scales, scales)
     assert torch.equal(effects.effects, y) and held.tolist() == [False] * 3 + [True] * 2 and repeat is None

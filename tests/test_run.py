@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from steerkit import run
+from steerkit.paths import check_writable, write_atomic
+from steerkit.progress import Cells, about
 
 PROJECT = Path(__file__).resolve().parent.parent
 PARAMETERS = """layer: int = 13  # residual stream after this block
@@ -158,6 +161,13 @@ def test_wrong_values_stop_the_command_before_anything_runs(project, caplog):
     assert "layr" in run.table("smoke", root=root)
 
 
+def test_a_scale_file_is_checked_whole_before_the_first_notebook_runs(project, caplog):
+    root = project({"01_a": notebook("01_a"), "02_b": notebook("02_b")}, smoke={"01_a": {}, "02_b": {"scales": 3}})
+    assert run.main(["status", "--root", str(root)]) == 0
+    assert run.main(["status", "--scale", "smoke", "--root", str(root)]) == 2
+    assert "notebooks/scales/smoke.yaml, 02_b: parameter `scales`: expected list[float], got 3 (int)" in caplog.text
+
+
 # ---------------------------------------------------------------------------------------------------- one run
 def test_a_run_is_stamped_and_published_and_the_stamp_finds_every_change(project):
     where = "import os, sys\nfrom pathlib import Path\nPath(out_dir).mkdir(parents=True, exist_ok=True)\n"
@@ -237,21 +247,121 @@ def test_machine_paths_are_found():
     assert found == ["/tmp/pytest-1/x", "/home/ann/x.txt", "/Users/ann/.cache"]
 
 
+def papermill(root, *options):
+    command = [sys.executable, "-m", "papermill", "notebooks/01_a.ipynb", "out.ipynb", "--no-progress-bar", *options]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
 def test_plain_papermill_runs_a_notebook_by_hand(project):
     root = project({"01_a": notebook("01_a", OPEN, METRIC, "book.close()")})
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        "notebooks/01_a.ipynb",
-        "out.ipynb",
-        "-p",
-        "layer",
-        "18",
-        "--no-progress-bar",
-    ]
-    subprocess.run(command, cwd=root, check=True, capture_output=True)
-    assert json.loads((root / "runs/laptop/01_a/results.json").read_text())["layer"]["value"] == 18
+    code, said = papermill(root, "-p", "layer", "18", "-y", "scales: [20.0, 40]")
+    assert code == 0, said
+    assert json.loads((root / "runs/laptop/01_a/results.json").read_text())["layer"] | {"n": 2, "value": 18} == {
+        "value": 18.0, "low": None, "high": None, "n": 2, "unit": ""
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (("-p", "scales", "[20.0, 40.0]"), "parameter `scales`: expected list[float], got '[20.0, 40.0]' (str) (papermill takes a list as"),
+        (("-p", "layer", "18", "-p", "scale", "3"), "unknown parameter `scale`: did you mean `scales`?"),
+        (("-p", "out_dir", "7"), "parameter `out_dir`: expected str, got 7 (int)"),
+    ],
+)
+def test_plain_papermill_checks_its_parameters_too(project, given, words):
+    root = project({"01_a": notebook("01_a", OPEN, "open('reached', 'w').close()", "book.close()")})
+    code, said = papermill(root, *given)
+    assert code == 1 and f"ValueError: {words}" in said
+    assert not (root / "reached").exists() and not (root / "runs").exists()
+
+
+def test_a_parameter_edited_by_hand_is_checked_when_the_book_is_opened(project):
+    """As in JupyterLab: nothing is injected, and the cell itself is wrong."""
+    root = project({"01_a": notebook("01_a", OPEN, "book.close()", parameters=PARAMETERS.replace("[0.0, 1.0]", "'20'"))})
+    code, said = papermill(root)
+    assert code == 1 and "ValueError: parameter `scales`: expected list[float], got '20' (str)\n" in said
+    own = notebook("01_a", "import pathlib\nwhere: pathlib.Path = pathlib.Path('x')", OPEN, "book.close()")
+    nbformat.write(own, root / "notebooks/01_a.ipynb")
+    assert papermill(root)[0] == 0, "a global of another type is no parameter"
+
+
+def test_a_folder_that_cannot_be_written_stops_a_run_before_its_first_cell(project, caplog):
+    root = project({"01_a": notebook("01_a", "open('reached', 'w').close()", OPEN, "book.close()")})
+    (root / "figures").write_text("in the way")
+    assert run.main(["notebook", "01", "--root", str(root)]) == 2
+    assert f"expected to write into {root.resolve()}/figures/01_a, got Not a directory: {root.resolve()}/figures" in caplog.text
+    assert job(root).record["status"] == "failed" and not (root / "reached").exists()
+    code, said = papermill(root)
+    assert code == 1 and "OSError: expected to write into" in said
+
+
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder that nobody can write into")
+def test_a_read_only_folder_is_named():
+    with pytest.raises(OSError, match=r"expected to write into /sys/figures/01_a, got .*: /sys; free it, or choose another folder"):
+        check_writable("/sys/figures/01_a")
+
+
+def test_an_interrupted_run_says_so_in_one_line(project):
+    root = project({"01_a": notebook("01_a", OPEN, "import time\ntime.sleep(60)", "book.close()")})
+    command = [sys.executable, "-m", "steerkit.run", "notebook", "01", "--root", str(root)]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    said = ""
+    while "cell 2/4" not in said:
+        said += process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and rest == "interrupted: call again to go on\n"
+    assert job(root).state == "it was interrupted"
+
+
+def test_the_time_left_is_that_of_the_run_before(project, caplog):
+    """Cells are known by their source: a cell that is added says nothing, and the others keep their times."""
+    slow = "import time\ntime.sleep(1.6)"
+    body = [OPEN, METRIC, slow, "book.close()"]
+    root = project({"01_a": notebook("01_a", *body), "02_b": notebook("02_b", *body)})
+    lines = []
+    first = run.execute(job(root), report=lines.append)
+    assert not [line for line in lines if "left" in line], "the first run has nothing to go by"
+    assert len(first["cells"]) == 5 and max(first["cells"].values()) >= 1.6
+    run.publish(root=root)
+    assert nbformat.read(root / "notebooks/01_a.ipynb", 4).metadata.steerkit.stamp.cells == first["cells"]
+    shutil.rmtree(root / "runs")
+    assert run.status([job(root)]) == ["[01_a] to run: not run yet (about 10 s)"], "a fresh clone goes by what is published"
+    nb = nbformat.read(root / "notebooks/01_a.ipynb", 4)
+    nb.cells.insert(3, new_code_cell("layer"))
+    nbformat.write(nb, root / "notebooks/01_a.ipynb")
+    lines.clear()
+    run.execute(job(root), report=lines.append)
+    assert [line.endswith(" s, about 10 s left") for line in lines] == [True] * 4 + [False] * 2, lines
+    assert "in all" not in "".join(run.status(run.jobs("laptop", root=root).values())), "nothing is known of 02_b"
+
+
+def test_the_beginning_alone_says_nothing_of_the_time_left(project):
+    root = project({"01_a": notebook("01_a", OPEN, "1 / 0", "book.close()")})
+    assert run.execute(job(root), report=print)["cells"] == {}
+
+
+def test_status_adds_up_the_time_left(project):
+    root = project({"01_a": notebook("01_a"), "02_b": notebook("02_b")})
+    for name in ("01_a", "02_b"):
+        write_atomic(root / "runs/laptop" / name / "status.json", json.dumps({"cells": {"x": 60.0, "y": 40.0}}))
+    every = run.jobs("laptop", root=root)
+    assert run.status(every.values()) == [*(f"[{name}] to run: not run yet (about 2 min)" for name in every), "about 3 min in all"]
+
+
+def test_the_time_left_follows_the_pace(monkeypatch):
+    clock, lines = iter([0.0, 20.0, 20.0, 30.0]), []
+    monkeypatch.setattr("steerkit.progress.time.monotonic", lambda: next(clock))
+    before = {Cells.key("a"): 10.0, Cells.key("b"): 5.0, Cells.key("c"): 60.0, Cells.key("gone"): 999.0}
+    cells = Cells("01_a", ["a", "b", "c"], 3, before, lines.append)
+    for source in "ab":
+        cells.hooks["on_cell_execute"](cell=new_code_cell(source), cell_index=0)
+        cells.hooks["on_cell_executed"](cell=new_code_cell(source), cell_index=0, execute_reply=None)
+    assert lines == ["[01_a] cell 1/3 20.0 s, about 2 min left", "[01_a] cell 2/3 10.0 s, about 2 min left"]
+    assert cells.left == 120.0 and cells.seconds == {Cells.key("a"): 20.0, Cells.key("b"): 10.0}
+    assert [about(s) for s in (3, 42, 100, 5400)] == ["about 10 s", "about 40 s", "about 2 min", "about 1.5 h"]
 
 
 # ---------------------------------------------------------------------------------------------------- the graph
@@ -353,3 +463,39 @@ def test_make_reproduce_goes_on_after_a_failure_and_resumes(project):
 
     code, text = reproduce(root, "NOTEBOOK=02")
     assert code == 0 and "[02_b] up to date" in text and "cell" not in text and "03_c" in text
+
+
+@pytest.mark.parametrize("scale", ["2026_11", "007", "1e3", "true"])
+def test_a_scale_may_have_any_name(project, scale):
+    root = project({"01_a": notebook("01_a", OPEN, METRIC, "book.close()")}, **{scale: {"01_a": {"layer": 3}}})
+    code, text = reproduce(root, f"SCALE={scale}", "NOTEBOOK=01", "SNAKEMAKE_ARGS=--dry-run")
+    assert code == 0 and "[01_a] to run: not run yet" in text and f"runs/{scale}/01_a/01_a.ipynb" in text, text
+
+
+def test_a_scale_that_snakemake_reads_as_a_number_is_an_error(project):
+    root = project({"01_a": notebook("01_a", OPEN)}, **{"007": {"01_a": {}}})
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--cores", "1", "--config", "scale=007"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode and "expected a name, and Snakemake read the value 7: write it with its ending" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("SCALE=nope", "SCALE: expected one of laptop smoke, got nope"),
+        ("NOTEBOOK=3", "NOTEBOOK: expected the name or number of one of 01_a 02_b, got 3"),
+    ],
+)
+def test_a_wrong_name_is_found_before_anything_is_set_up(project, tmp_path, given, words):
+    root = project({"01_a": notebook("01_a"), "02_b": notebook("02_b")}, smoke={"01_a": {}})
+    command = ["make", "reproduce", f"VENV={tmp_path}/venv", f"PROJECT={root}", given]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode and words in done.stderr and not done.stdout and not (tmp_path / "venv").exists()
+
+
+def test_a_name_that_the_scale_lacks_is_found_before_the_model_is_fetched(project):
+    root = project({"01_a": notebook("01_a"), "02_b": notebook("02_b")}, smoke={"01_a": {}})
+    code, text = reproduce(root, "SCALE=smoke", "NOTEBOOK=2")
+    assert code and "got `2`: there are 01_a" in text
+    plan = subprocess.run(["make", "--dry-run", "reproduce", "VENV=none-yet"], cwd=PROJECT, capture_output=True, text=True).stdout
+    assert plan.index("scales/laptop.yaml") < plan.index("-m venv none-yet") < plan.index("run status") < plan.index("steerkit.fetch")

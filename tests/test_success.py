@@ -141,7 +141,7 @@ def test_related_knows_the_instruction_that_a_text_answers():
 def test_the_factor_is_chosen_on_other_instructions_than_it_is_reported_on(monkeypatch, tmp_path):
     """Planted: a push writes the topic's letter; only the large factor does so on both halves."""
     model, tok = tiny.model("llama"), tiny.tokenizer()
-    monkeypatch.setattr("steerkit.judges.coherence.coherence_judge", lambda hf, t: lambda texts, prompts: np.ones(len(texts)))
+    monkeypatch.setattr("steerkit.judges.coherence.embedded_judge", lambda: lambda texts, prompts: np.ones(len(texts)))
     monkeypatch.setattr(X, "related_judge", lambda asked: lambda texts, prompts: np.ones(len(texts)))
     monkeypatch.setattr(X, "concept_judge", lambda topic: lambda texts: np.array([t.count(topic) / max(len(t), 1) for t in texts]))
     row = model.get_output_embeddings().weight.detach()[tok("a", add_special_tokens=False)["input_ids"][0]]

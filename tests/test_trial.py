@@ -193,31 +193,43 @@ def test_lora_learns_the_answers_and_leaves_the_model_alone():
     model, tok = tiny.model("llama"), tiny.tokenizer()
     before = {name: p.clone() for name, p in model.named_parameters()}
     toy, rows = task()
-    tuned = lora(model, tok, rows, lr=2e-2, epochs=20, batch_size=4, progress=False)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert {type(m).__module__ for m in tuned.modules()} == {type(m).__module__ for m in model.modules()}  # merged: no adapter is left
-    stop = types.SimpleNamespace(hf=tuned, tokenizer=tok)
-    assert (
-        trial.ask(stop, toy, rows, progress=False).correct.mean()
-        > 0.9
-        > trial.ask(types.SimpleNamespace(hf=model, tokenizer=tok), toy, rows, progress=False).correct.mean()
-    )
-    again = lora(model, tok, rows, lr=2e-2, epochs=1, batch_size=4, progress=False)
-    twice = lora(model, tok, rows, lr=2e-2, epochs=1, batch_size=4, progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), twice.parameters()))
-    with pytest.raises(ValueError, match="at least one question"):
-        lora(model, tok, [])
+    whole = {name: (type(m), len(vars(m))) for name, m in model.named_modules()}
+    loaded = types.SimpleNamespace(hf=model, tokenizer=tok)
+    ids = torch.tensor([[1, 5, 9, 7]])
+    plain = model(input_ids=ids).logits
+    storage = {name: p.data_ptr() for name, p in model.named_parameters()}
+
+    def untouched():
+        return {name: (type(m), len(vars(m))) for name, m in model.named_modules()} == whole and all(
+            torch.equal(p, before[name]) and p.data_ptr() == storage[name] and p.requires_grad for name, p in model.named_parameters()
+        )
+
+    with lora(model, tok, rows, lr=2e-2, epochs=20, batch_size=4, progress=False) as tuned:
+        assert trial.ask(types.SimpleNamespace(hf=tuned, tokenizer=tok), toy, rows, progress=False).correct.mean() > 0.9
+    assert untouched() and torch.equal(model(input_ids=ids).logits, plain)  # bit by bit, no copy and no adapter is left
+    assert trial.ask(loaded, toy, rows, progress=False).correct.mean() < 0.9
+    learnt = []
+    for _ in range(2):
+        with lora(model, tok, rows, lr=2e-2, epochs=1, batch_size=4, progress=False) as tuned:
+            learnt.append([p.clone() for p in tuned.parameters()])
+    assert len(learnt[0]) > len(before) and all(torch.equal(a, b) for a, b in zip(*learnt))
+    with pytest.raises(KeyboardInterrupt), lora(model, tok, rows, epochs=1, batch_size=4, progress=False):
+        raise KeyboardInterrupt
+    assert untouched()
+    with pytest.raises(ValueError, match="at least one question"), lora(model, tok, []):
+        pass
 
 
 def test_an_epoch_of_fine_tuning_sees_every_row_once_and_follows_the_gradient_that_transformers_defines(monkeypatch):
     model, tok = tiny.model("llama"), tiny.tokenizer()
-    rows = [finetune._row(tok, q, False) for q in task()[1][:5]]
+    rows = [finetune._row(tok, q, False, [tok.eos_token_id]) for q in task()[1][:5]]
     assert sorted(finetune._epoch(rows, np.random.default_rng(0), 2)) == [0, 1, 2, 3, 4]
     ids, mask, labels = finetune._padded(rows, 0)
     oracle = float(model(input_ids=ids, attention_mask=mask, labels=labels).loss)
     seen = []
     monkeypatch.setattr(finetune, "cross_entropy", lambda *a: seen.append(torch.nn.functional.cross_entropy(*a)) or seen[-1])
-    lora(model, tok, task()[1][:5], batch_size=5, progress=False)
+    with lora(model, tok, task()[1][:5], batch_size=5, progress=False):
+        pass
     assert len(seen) == 1 and float(seen[0]) == pytest.approx(oracle, rel=1e-5)
 
 

@@ -1,5 +1,7 @@
 """Steering vectors: algebra, files, and the recipes against short oracles."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -95,3 +97,42 @@ def test_caa_equals_a_loop_over_prompts(include_first):
 def test_random_directions_are_unit_and_differ_by_seed():
     a, b = (random_direction(D, layer=0, preset="tiny", seed=s) for s in (0, 1))
     assert float(a.direction.norm()) == pytest.approx(1.0) and abs(a.cosine(b)) < 0.5
+
+
+def test_a_vector_owns_its_numbers_and_takes_a_strided_column(tmp_path):
+    basis = torch.linalg.svd(torch.randn(D, D, generator=torch.Generator().manual_seed(0))).U
+    row, column = (SteeringVector("v", part, 1, "tiny") for part in (basis[3], basis[:, 3]))
+    kept = row.direction.clone(), column.direction.clone()
+    again = SteeringVector.load(column.save(tmp_path / "v.safetensors"))
+    basis.zero_()
+    assert torch.equal(row.direction, kept[0]) and torch.equal(column.direction, kept[1]) and torch.equal(again.direction, kept[1])
+    assert float(row.direction.norm()) == pytest.approx(1.0) and row.direction.is_contiguous() and column.direction.is_contiguous()
+
+
+def test_numbers_of_numpy_and_pandas_work_and_can_be_saved(tmp_path):
+    sae, half = tiny.planted_sae(), np.float32(0.5)
+    one, weights = {"layer": np.int64(1), "preset": "t"}, {5: 0.5, 7: 2.0}
+    expected = sae_row(sae, weights, layer=1, preset="t")
+    for odd in ({np.int64(5): half, np.int32(7): np.float64(2)}, pd.Series(weights)):
+        torch.testing.assert_close(sae_row(sae, odd, **one).direction, expected.direction)
+    both = sae_row(sae, {5: 1.0, 7: 1.0}, layer=1, preset="t").direction
+    for odd in ([5, 7], np.array([5, 7]), pd.Series([5, 7]).to_numpy(), torch.tensor([5, 7])):
+        torch.testing.assert_close(sae_row(sae, odd, **one).direction, both)
+    for odd in (np.int64(5), np.array(5), torch.tensor(5)):
+        assert torch.equal(sae_row(sae, odd, **one).direction, sae_row(sae, 5, layer=1, preset="t").direction)
+    values = np.arange(1.0, D + 1)
+    made = SteeringVector("by numpy", values, np.int64(2), "t", {"seed": np.int64(3), "means": np.ones(2), "share": half})
+    torch.testing.assert_close(made.direction, torch.tensor(values / np.linalg.norm(values)).float())
+    for v in (made * half, half * made, np.float64(0.5) * made, made * torch.tensor(0.5), random_direction(D, seed=np.int64(3), **one)):
+        assert isinstance(v, SteeringVector) and v.weight in (0.5, 1.0)
+        again = SteeringVector.load(v.save(tmp_path / "v.safetensors"))
+        assert torch.equal(again.direction, v.direction) and again.weight == v.weight and again.layer == v.layer
+    assert made.edit(half).scale == 0.5 and SteeringVector.load(made.save(tmp_path / "m.safetensors")).made["means"] == [1.0, 1.0]
+
+
+def test_contrast_prompts_may_be_a_column_of_a_table():
+    model, tok, table = tiny.model("llama"), tiny.tokenizer(), pd.DataFrame({"a": ["abc", "hello"], "b": ["xyz", "q"]}, index=[7, 3])
+    expected = caa(model, tok, ["abc", "hello"], ["xyz", "q"], layer=1, preset="t")
+    assert torch.equal(caa(model, tok, table.a, table.b, layer=np.int64(1), preset="t").direction, expected.direction)
+    with pytest.raises(ValueError, match="put it in a list"):
+        caa(model, tok, "abc", ["xyz"], layer=1, preset="t")

@@ -1,5 +1,6 @@
 """Is a text fluent? What surprises the unsteered model, together with repetition and odd characters."""
 
+import functools
 import re
 import zlib
 from collections import Counter
@@ -10,10 +11,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from steerkit.features import next_token_losses
+from steerkit.features import forward_losses
+from steerkit.fingerprint import fingerprint
 from steerkit.journal import score_texts
 from steerkit.judges import Judge, checked, parameters, sigmoid
+from steerkit.memory import halving
 from steerkit.packed import packed_linears
+from steerkit.tokens import bare_ids
 
 MAX_TOKENS = 256
 MAX_CONTEXT = 128
@@ -25,10 +29,10 @@ def split(tokenizer, text: str, prompt: str | None = None) -> tuple[list[int], i
     With a prompt, the continuation is the text, after at most the prompt's last `MAX_CONTEXT` tokens. Without, it is what
     follows the first blank line, or the second half where there is none. At most `MAX_TOKENS` are read.
     """
-    encode = lambda part: list(tokenizer(part, add_special_tokens=False)["input_ids"])  # noqa: E731
+    encode = lambda part: bare_ids(tokenizer, part)  # noqa: E731
     if prompt is not None:
         context = encode(prompt)[-MAX_CONTEXT:]
-        return (context + encode(text))[:MAX_TOKENS], len(context)
+        return (context + tokenizer(text, add_special_tokens=False)["input_ids"])[:MAX_TOKENS], len(context)
     ids, blank = encode(text)[:MAX_TOKENS], text.find("\n\n")
     start = len(encode(text[: blank + 2])) if blank > 0 else len(ids) // 2
     return ids, start if start < len(ids) - 2 else len(ids) // 2
@@ -45,23 +49,30 @@ def token_losses(hf_model, tokenizer, ids: Sequence[list[int]], *, batch_tokens:
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None:
         raise ValueError("expected a tokenizer with a beginning-of-text token, got none; set tokenizer.bos_token")
+
+    def read(rows: list[list[int]]) -> torch.Tensor:
+        tokens = torch.full((len(rows), 1 + max(map(len, rows))), bos)
+        mask = torch.zeros_like(tokens)
+        for r, row in enumerate(rows):
+            tokens[r, 1 : 1 + len(row)] = torch.tensor(row)
+            mask[r, : 1 + len(row)] = 1
+        with torch.inference_mode(), packed_linears(hf_model):
+            return forward_losses(hf_model, tokens.to(hf_model.device), attention_mask=mask.to(hf_model.device)).cpu()
+
     out = [np.zeros(len(row)) for row in ids]
     order, start = sorted(range(len(ids)), key=lambda i: len(ids[i])), 0
     while start < len(order):
         stop = start + 1
         while stop < len(order) and (stop + 1 - start) * (len(ids[order[stop]]) + 1) <= batch_tokens:
             stop += 1
-        rows = [ids[i] for i in order[start:stop]]
-        tokens = torch.full((len(rows), 1 + max(map(len, rows))), bos, device=hf_model.device)
-        mask = torch.zeros_like(tokens)
-        for r, row in enumerate(rows):
-            tokens[r, 1 : 1 + len(row)] = torch.tensor(row, device=tokens.device)
-            mask[r, : 1 + len(row)] = 1
-        with torch.inference_mode(), packed_linears(hf_model):
-            loss = next_token_losses(hf_model(input_ids=tokens, attention_mask=mask, use_cache=False).logits, tokens)
-        for r, i in enumerate(order[start:stop]):
-            out[i] = loss[r, : len(ids[i])].double().cpu().numpy()
-        start = stop
+        for loss in halving(read, [ids[i] for i in order[start:stop]]):
+            for row in loss:
+                i, start = order[start], start + 1
+                out[i] = row[: len(ids[i])].double().numpy()
+                if not np.isfinite(out[i]).all():
+                    raise ValueError(
+                        f"losses: expected finite numbers, got NaN or infinity for row {i} in {hf_model.dtype}: open the model in float32"
+                    )
     return out
 
 
@@ -150,7 +161,7 @@ def coherence_judge(hf_model, tokenizer, *, fitted: dict | None = None) -> Judge
     """Return a judge of fluency, E[label] / 2 on a 0-1-2 scale of fluency; an empty text scores 0.
 
     `hf_model` is a causal language model without any steering; the fitted numbers (data/judges/coherence.json) belong to
-    the embedded model, so use that one, also for texts that another model wrote. With `prompts` each text is read as the
+    the embedded model: `embedded_judge` is the one to use. With `prompts` each text is read as the
     continuation of its prompt.
 
     >>> from steerkit import models
@@ -175,13 +186,22 @@ def coherence_judge(hf_model, tokenizer, *, fitted: dict | None = None) -> Judge
     return judge
 
 
-def judge_pairs(loaded, prompts: Sequence[str], texts: Sequence[str], *, out=None, progress: bool = True) -> Float[np.ndarray, " texts"]:
-    """Return the coherence of each text after its prompt under the unsteered model; a pair that occurs often is judged once.
+@functools.cache
+def embedded_judge() -> Judge:
+    """Return the coherence judge on a model of its own, the embedded one in float32, opened once: whatever model wrote the texts."""
+    from steerkit.models import load_model, preset
+
+    return coherence_judge(*load_model(preset("smollm2-135m")))
+
+
+def judge_pairs(prompts: Sequence[str], texts: Sequence[str], *, out=None, progress: bool = True) -> Float[np.ndarray, " texts"]:
+    """Return the coherence of each text after its prompt (`embedded_judge`); a pair that occurs often is judged once.
 
     out: where the texts are kept; if "{key}" is in it, finished parts stay beside them and the same call carries on.
     """
-    judge = coherence_judge(loaded.hf, loaded.tokenizer)
+    judge = embedded_judge()
     pairs = pd.DataFrame({"prompt": prompts, "text": texts})
     score = lambda part: {"coherence": judge(part.text.tolist(), part.prompt.tolist())}  # noqa: E731
-    judged = score_texts(pairs.drop_duplicates(), score, name="judged", out=out, progress=progress)
+    by = fingerprint(loaded.hf, parameters("coherence")) if out else ""
+    judged = score_texts(pairs.drop_duplicates(), score, name="judged", by=by, out=out, progress=progress)
     return pairs.merge(judged, on=["prompt", "text"], how="left").coherence.to_numpy()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from steerkit.fingerprint import fingerprint
 from steerkit.judges import coherence, concept, refusal
 from steerkit.paths import DATA
 from steerkit.tasks import concepts
@@ -158,9 +159,10 @@ def fit_coherence(names: list[str], x: np.ndarray, y: np.ndarray, own: tuple[np.
 
 def labelled_features(hf_model, tokenizer, texts: list[str], cache: Path | None) -> tuple[list[str], np.ndarray]:
     """Return feature names and features of texts; losses are kept in the JSON-lines file `cache`, where one is given."""
-    known = {}
+    known, by = {}, fingerprint(hf_model) if cache else ""
     if cache and cache.exists():
-        known = {row["text"]: row["loss"] for row in map(json.loads, cache.read_text(encoding="utf-8").splitlines())}
+        lines = map(json.loads, cache.read_text(encoding="utf-8").splitlines())
+        known = {row["text"]: row["loss"] for row in lines if row.get("by") == by}
     read = {text: coherence.split(tokenizer, text) for text in texts}
     missing = sorted((text for text in read if len(known.get(text, ())) != len(read[text][0])), key=len)
     for start in range(0, len(missing), 64):
@@ -170,6 +172,6 @@ def labelled_features(hf_model, tokenizer, texts: list[str], cache: Path | None)
         log.info("losses: %d of %d texts", start + len(part), len(missing))
         if cache:
             with cache.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"text": t, "loss": known[t].tolist()}) + "\n" for t in part)
+                file.writelines(json.dumps({"by": by, "text": t, "loss": known[t].tolist()}) + "\n" for t in part)
     rows_ = [coherence.features(t, read[t][0], np.array(known[t]), read[t][1]) for t in texts]
     return list(rows_[0]), np.array([list(row.values()) for row in rows_])
