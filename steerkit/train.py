@@ -18,6 +18,7 @@ from torch import Tensor
 from steerkit.batch_topk import BatchTopK
 from steerkit.cpu import native_bfloat16
 from steerkit.harvest import Recipe, Sae, Stream, compiled
+from steerkit.jumprelu import JumpReLU
 from steerkit.paths import cache_dir, write_atomic
 
 log = logging.getLogger(__name__)
@@ -149,8 +150,6 @@ def l0_threshold(state: dict[str, Tensor], acts: Float[Tensor, "tokens d_model"]
 
 def make(model, tokenizer, dataset: str, recipe: Recipe, work: Path, out: Path, *, fast: bool = False, batch_size: int = 16) -> list[Path]:
     """Run the whole recipe: train, save, describe; resumes from `work`. Returns one folder a layer. fast: compile the model."""
-    from sae_lens import SAE
-
     from steerkit.quality import describe
 
     stream = Stream(model, tokenizer, dataset, recipe, batch_size)
@@ -161,7 +160,7 @@ def make(model, tokenizer, dataset: str, recipe: Recipe, work: Path, out: Path, 
     for name, one in recipe.named.items():
         acts, about = first.acts[one.layer], {"dataset": Path(dataset).name}
         folder = export(weights[name], out / name, layer=one.layer, recipe=recipe, acts=acts[:20_000], metadata=about)
-        sae = SAE.load_from_disk(folder, device=str(model.device), dtype="float32")
+        sae = JumpReLU(folder, model.device)
         pieces, ids, owners = (x.split(16384) for x in (acts, first.ids, first.owner))
         describe(sae, pieces, ids, folder / "features.safetensors", owners=owners)
         folders.append(folder)
