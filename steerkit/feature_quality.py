@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ def spread(labels: Int[Tensor, "n k"]) -> Int[Tensor, " n"]:
     return (new & (ordered >= 0)).sum(1)
 
 
-def auroc(positive: Float[np.ndarray, "p n"], negative: Float[np.ndarray, "q n"]) -> Float[np.ndarray, " n"]:
+def auroc(positive: Shaped[np.ndarray, "p n"], negative: Shaped[np.ndarray, "q n"]) -> Float[np.ndarray, " n"]:
     """Return each column's AUROC: the chance that a positive row exceeds a negative one, ties counting half.
 
     >>> auroc(np.array([[2.0, 0.0], [3.0, 0.0]]), np.array([[1.0, 0.0], [2.0, 1.0]])).tolist()
@@ -98,7 +98,7 @@ def reconstruction(sae: nn.Module, x: Float[Tensor, "n d_model"]) -> dict[str, f
     return {"fvu": missed / total, "l0": active / len(x), "dead": float((fired == 0).float().mean()), "density": (fired / len(x)).cpu()}
 
 
-def survey(model, tokenizer, sae: JumpReLU, block: Block, source_of: dict[int, int], texts: dict[str, list[Tensor]], card: Path) -> dict:
+def survey(model, tokenizer, sae: JumpReLU, block: Block, source_of: dict[int, int], texts: dict[str, list[list[Tensor]]], card: Path) -> dict:
     """Return one SAE's row of the table; its feature card is written to `card` on the way."""
     x = block.acts[sae.layer].float()
     row = reconstruction(sae, x)
