@@ -192,8 +192,8 @@ def logit_lens(model: nn.Module, tokenizer, direction: Float[Tensor, " d_model"]
 @torch.inference_mode()
 def top_contexts(
     acts: Float[Tensor, "tokens d_sae"], tokens: Int[Tensor, " tokens"], *, k: int = 5, before: int = 8, after: int = 2
-) -> tuple[Int[Tensor, "d_sae k width"], Float[Tensor, "d_sae k"]]:
-    """Return, per feature, the k contexts in which it fires hardest: token ids around the peak, and the peak's value.
+) -> tuple[Int[Tensor, "d_sae k width"], Float[Tensor, "d_sae k"], Int[Tensor, "d_sae k"]]:
+    """Return, per feature, the k contexts in which it fires hardest: token ids around the peak, the peak's value and place.
 
     Peaks lie at least `before + after` tokens apart in blocks of that size, so one passage is not shown twice.
     Contexts past the ends are padded with -1.
@@ -203,6 +203,6 @@ def top_contexts(
     peak, where = acts[:n].reshape(-1, width, acts.shape[1]).max(1)  # [blocks, d_sae]
     value, block = peak.topk(min(k, len(peak)), dim=0)
     centre = block * width + where.gather(0, block)
-    index = centre.T[..., None] + torch.arange(-before, after + 1)
+    index = centre.T[..., None] + torch.arange(-before, after + 1, device=acts.device)
     inside = (index >= 0) & (index < len(tokens))
-    return torch.where(inside, tokens[index.clamp(0, len(tokens) - 1)].long(), -1), value.T.contiguous()
+    return torch.where(inside, tokens[index.clamp(0, len(tokens) - 1)].long(), -1), value.T.contiguous(), centre.T

@@ -14,6 +14,7 @@ from steerkit.approximator import budget
 from steerkit.calibration import calibrate, calibration_rows
 from steerkit.effects import Effects, Scheme, measure, save, training_vectors, unsteered
 from steerkit.fingerprint import fingerprint
+from steerkit.jumprelu import JumpReLU
 from steerkit.models import load_model, preset
 from steerkit.paths import resolve, write_atomic
 from steerkit.saes import load_sae
@@ -24,6 +25,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="smollm2-135m")
     parser.add_argument("--layer", type=int, help="default: the preset's primary layer")
+    parser.add_argument("--saes", type=Path, help="folder of SAEs (layer_N) in place of the preset's")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--samples", type=int, default=1, help="rollouts of each prompt")
     parser.add_argument("--out", required=True, help="folder of the finished parts")
     parser.add_argument("--text", default="data/check_texts.txt", help="calibration text, plain")
     parser.add_argument("--text-rows", type=int, default=4, help="rows of 32 tokens to calibrate on")
@@ -39,11 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     spec = preset(args.preset)
     layer = spec.primary_layer if args.layer is None else args.layer
-    model, tokenizer = load_model(spec, dtype=args.dtype)
-    sae = load_sae(spec, spec.sae_set(), layer, hf=model)
+    model, tokenizer = load_model(spec, device=args.device, dtype=args.dtype)
+    sae = JumpReLU(args.saes / f"layer_{layer}", model.device) if args.saes else load_sae(spec, spec.sae_set(), layer, hf=model)
     vectors, held = (t[: args.first] for t in training_vectors(sae.W_dec))
     ids = calibration_rows(tokenizer, resolve(args.text).read_text(encoding="utf-8"), rows=args.text_rows)
-    folder, scheme = Path(args.out), Scheme(outlier=spec.outlier)
+    folder, scheme = Path(args.out), Scheme(outlier=spec.outlier, samples=args.samples)
     blocks = range(0, len(vectors), args.block)
     jobs = [(start, repeat) for start in blocks for repeat in range(args.repeats if start < held.sum() else 1)]
     calm = {"scheme": replace(scheme, samples=64), "batch_size": args.batch_size, "out": folder / "baseline"}

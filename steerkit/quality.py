@@ -141,23 +141,34 @@ def _replaced(model: nn.Module, layer: int, other: Tensor, keep: Bool[Tensor, "r
 
 
 @torch.inference_mode()
-def describe(sae: nn.Module, acts: Sequence[Tensor], tokens: Sequence[Tensor], path: str | Path, *, k: int = 5) -> Path:
+def describe(
+    sae: nn.Module,
+    acts: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    path: str | Path,
+    *,
+    owners: Sequence[Tensor] | None = None,
+    k: int = 5,
+) -> Path:
     """Write each feature's density and its k top-activating contexts (token ids and peak value) to a safetensors file.
 
-    acts ([tokens, d_model]) and tokens ([tokens]) come in the same pieces, in reading order. Ids are stored as uint16
-    where they fit; the last id value marks a place beyond the text.
+    acts ([tokens, d_model]), tokens ([tokens]) and owners (the number of each token's document) come in the same pieces, in
+    reading order. Ids are stored as uint16 where they fit; the last id value marks a place beyond the text.
     """
-    fired, n, best, ids = torch.zeros(sae.W_dec.shape[0]), 0, None, None
-    for x, t in zip(acts, tokens):
+    fired, n, best = torch.zeros(sae.W_dec.shape[0]), 0, None
+    for x, t, owner in zip(acts, tokens, owners or [torch.full_like(t, -1) for t in tokens]):
         f = torch.cat([sae.encode(part.to(sae.dtype)) for part in x.split(4096)])
-        fired, n = fired + (f > 0).sum(0), n + len(t)
-        where, value = top_contexts(f, t, k=k)
-        value, where = (value, where) if best is None else (torch.cat([best, value], 1), torch.cat([ids, where], 1))
-        best, order = value.topk(k, dim=1)
-        ids = where.gather(1, order[..., None].expand(-1, -1, where.shape[2]))
+        fired, n = fired + (f > 0).sum(0).cpu(), n + len(t)
+        where, value, place = top_contexts(f, t, k=k)
+        found = [value.cpu(), where.cpu(), owner[place].cpu()]
+        best = found if best is None else [torch.cat(pair, 1) for pair in zip(best, found)]
+        order = best[0].topk(k, dim=1).indices
+        best = [part.gather(1, order if part.ndim == 2 else order[..., None].expand(-1, -1, part.shape[2])) for part in best]
+    peaks, ids, documents = best
     small = int(ids.max()) < 65535
     ids = torch.where(ids < 0, 65535 if small else -1, ids).to(torch.uint16 if small else torch.int32)
-    return write_atomic(path, to_bytes({"density": fired / n, "contexts": ids, "peaks": best.half()}, {"tokens": str(n)}))
+    card = {"density": fired / n, "contexts": ids, "peaks": peaks.half()} | ({"documents": documents.int()} if owners else {})
+    return write_atomic(path, to_bytes(card, {"tokens": str(n)}))
 
 
 def contexts(path: str | Path, feature: int, tokenizer) -> list[tuple[str, float]]:
@@ -179,13 +190,13 @@ def peak_tokens(path: str | Path) -> Int[Tensor, "d_sae k"]:
 
 def density(loaded, layer: int, dataset: str, *, rows: int = 500) -> Float[Tensor, " d_sae"]:
     """Return the share of tokens on which each feature is active: from the shipped feature cards, else counted on a data set."""
-    from steerkit.shards import Recipe, token_rows
+    from steerkit.harvest import token_rows
 
     card = card_path(loaded.preset.name, layer)
     if card.exists():
         return load_file(card)["density"].float()
     source = resolve(dataset) if resolve(dataset).exists() else dataset
-    texts = torch.stack([row for _, row in zip(range(rows), token_rows(str(source), loaded.tokenizer, Recipe(layers=(layer,))))])
+    texts = torch.stack([row for _, row in zip(range(rows), token_rows(str(source), loaded.tokenizer))])
     found = fit(loaded.hf, loaded.tokenizer, {layer: loaded.sae(layer)}, texts, outlier=loaded.preset.outlier)
     return found[1][layer].float().cpu()
 
@@ -213,10 +224,10 @@ def main(argv: list[str] | None = None) -> None:
     import argparse
     import re
 
+    from steerkit.harvest import token_rows
     from steerkit.models import load_model, preset
     from steerkit.packed import packed_linears
     from steerkit.saes import load_sae
-    from steerkit.shards import Recipe, token_rows
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("preset")
@@ -228,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(spec)
     chosen = spec.sae_set()
     saes = {layer: load_sae(spec, chosen, layer, hf=model) for layer in chosen.layers}
-    rows = torch.stack([row for _, row in zip(range(args.rows), token_rows(args.dataset, tokenizer, Recipe(layers=tuple(saes))))])
+    rows = torch.stack([row for _, row in zip(range(args.rows), token_rows(args.dataset, tokenizer))])
     with packed_linears(model):
         table, _ = fit(model, tokenizer, saes, rows, outlier=spec.outlier)
         losses = loss_recovered(model, tokenizer, saes, rows[: args.loss_rows], outlier=spec.outlier)

@@ -3,15 +3,17 @@
 import argparse
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
 import pandas as pd
 
+from steerkit.harvest import token_rows
 from steerkit.input_scores import collect, input_scores
+from steerkit.jumprelu import JumpReLU
 from steerkit.models import load_model, preset
 from steerkit.output_scores import lens_tokens, output_scores
 from steerkit.paths import resolve, shipped, write_table
 from steerkit.saes import load_sae
-from steerkit.shards import Recipe, token_rows
 from steerkit.success import cooccurrence, sample_features
 
 
@@ -31,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     """Write scores.csv.gz (a row a feature) and pairs.csv.gz (lens-token pairs of a sample) to the folder `--out`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="smollm2-135m")
+    parser.add_argument("--saes", type=Path, help="folder of SAEs (layer_N) in place of the preset's")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--layers", type=int, nargs="*", help="default: all layers of the preset's SAEs")
     parser.add_argument("--text", required=True, help="hub id or path of plain text, for input scores and co-occurrence")
     parser.add_argument("--rows", type=int, default=4000, help="rows of 128 tokens for input scores")
@@ -39,11 +43,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True)
     args = parser.parse_args(argv)
     spec, out = preset(args.preset), resolve(args.out)
-    model, tokenizer = load_model(spec)
+    model, tokenizer = load_model(spec, device=args.device)
     chosen = spec.sae_set()
-    saes = {layer: load_sae(spec, chosen, layer, hf=model) for layer in args.layers or chosen.layers}
+    layers = args.layers or (sorted(int(p.name[6:]) for p in args.saes.glob("layer_*")) if args.saes else chosen.layers)
+    own = lambda layer: JumpReLU(args.saes / f"layer_{layer}", model.device)  # noqa: E731
+    saes = {layer: own(layer) if args.saes else load_sae(spec, chosen, layer, hf=model) for layer in layers}
     lens = {layer: lens_tokens(model, sae.W_dec) for layer, sae in saes.items()}
-    text = lambda n: islice(token_rows(args.text, tokenizer, Recipe(layers=tuple(saes))), n)  # noqa: E731
+    text = lambda n: islice(token_rows(args.text, tokenizer), n)  # noqa: E731
     tables, paper = [], {"prompt": "In my experience,", "subtract": True, "keep_error": False}
     for layer, sae in saes.items():
         ours, theirs = (output_scores(model, tokenizer, sae, layer=layer, lens=lens[layer], **how) for how in ({}, paper))

@@ -1,163 +1,146 @@
-"""Train sparse autoencoders for a preset: harvest activations once (shards.py), train every layer from them."""
+"""Train sparse autoencoders for a preset, all layers in one pass over the text: `python -m steerkit.train`."""
 
-import copy
 import json
 import logging
-import tempfile
+import os
+import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from steerkit.batch_topk import BatchTopK
 from steerkit.cpu import native_bfloat16
+from steerkit.harvest import Recipe, Sae, Stream, compiled
+from steerkit.jumprelu import JumpReLU
 from steerkit.paths import cache_dir, write_atomic
-from steerkit.progress import quiet
-from steerkit.shards import Recipe, Shards, harvest, read_shards
 
 log = logging.getLogger(__name__)
 
 
-class QuickBatchTopK(torch.nn.Module):
-    """sae_lens's BatchTopK, searched only among values near the last cut: the same values kept, 1.6 times the training speed.
+def learning_rate(warm_up: int, step: int, progress: float) -> float:
+    """Return the factor of the learning rate: up over the warm-up, level, down to a tenth in the last third of the text.
 
-    Keeps the k x rows largest positive values of [rows, d_sae] and zeroes the rest; `cut` is the smallest one kept.
+    >>> [round(learning_rate(10, *at), 3) for at in ((4, 0.0), (99, 0.5), (999, 1.0))]
+    [0.5, 1.0, 0.1]
     """
-
-    def __init__(self, k: float):
-        super().__init__()
-        self.k, self.cut = k, 0.0
-
-    def forward(self, x: Float[Tensor, "rows d_sae"]) -> Float[Tensor, "rows d_sae"]:
-        flat, need = x.flatten(), int(self.k * len(x))
-        near = (flat > 0.8 * self.cut).nonzero()[:, 0]
-        if len(near) < need:  # the cut fell: look everywhere
-            near = (flat > 0).nonzero()[:, 0]
-        values, index = flat[near].topk(min(need, len(near)), sorted=False)
-        self.cut = float(values.detach().min()) if len(values) else 0.0
-        return torch.zeros_like(flat).scatter(0, near[index], values).reshape(x.shape)
-
-
-def quick_sae(cfg):
-    """Return sae_lens's BatchTopKTrainingSAE with the quicker search, and the dead-latent loss over the dead columns only."""
-    from sae_lens import BatchTopKTrainingSAE
-
-    class QuickBatchTopKSAE(BatchTopKTrainingSAE):
-        def get_activation_fn(self):
-            return QuickBatchTopK(self.cfg.k)
-
-        def update_topk_threshold(self, acts_topk: Tensor) -> None:
-            rate = self.cfg.topk_threshold_lr
-            if self.activation_fn.cut > 0:
-                self.topk_threshold = (1 - rate) * self.topk_threshold + rate * self.activation_fn.cut
-
-        def calculate_topk_aux_loss(self, sae_in, sae_out, hidden_pre, dead_neuron_mask):
-            dead = torch.tensor([]) if dead_neuron_mask is None else dead_neuron_mask.nonzero()[:, 0]
-            k_aux = sae_in.shape[-1] // 2
-            if not 0 < len(dead) <= k_aux:
-                return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
-            rows = self.W_dec[dead]  # so few that the top k_aux are all of them: no search, and a small product
-            recons = (hidden_pre[:, dead] / rows.norm(dim=-1)) @ rows
-            loss = (recons - (sae_in - sae_out).detach()).pow(2).sum(-1).mean()
-            return self.cfg.aux_loss_coefficient * len(dead) / k_aux * loss
-
-    return QuickBatchTopKSAE(cfg)
+    return min(1.0, (step + 1) / warm_up) * min(1.0, 0.1 + 2.7 * (1 - progress))
 
 
 def train(
-    folder: Path,
-    recipe: Recipe,
-    d_model: int,
-    checkpoints: Path,
+    stream: Stream,
+    checkpoint: Path | None = None,
     *,
-    n_checkpoints: int = 10,
-    device: str = "cpu",
-    autocast: bool | None = None,
-    progress: bool = True,
-) -> dict:
-    """Train one batch-top-k SAE per layer with sae_lens's multi-SAE trainer; resumes from the newest checkpoint.
+    every: float = 300.0,
+    dtype: torch.dtype | None = None,
+    report: float = 60.0,
+) -> dict[str, dict[str, Tensor]]:
+    """Train the SAEs of `stream.recipe`, all in one pass; return their weights for unscaled activations, by name.
 
-    Returns {"layer_<L>": BatchTopKTrainingSAE}, activation scaling folded in. autocast: to bfloat16, by default
-    where that is native. progress=False hides sae_lens's bars.
+    With a `checkpoint` file the state is written there every `every` seconds, and the same call goes on from it to the same
+    weights. dtype of the products: bfloat16 where that is native. Raises ValueError for a checkpoint of another recipe.
     """
-    from sae_lens import BatchTopKTrainingSAEConfig, LoggingConfig
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+    recipe, device = stream.recipe, stream.model.device
+    dtype = dtype or (torch.bfloat16 if native_bfloat16(device) else torch.float32)
+    d_model = stream.model.get_input_embeddings().weight.shape[1]
+    plan = recipe.named
+    saes = {name: BatchTopK(d_model, one.d_sae, recipe.k, seed=one.seed, device=device, dtype=dtype) for name, one in plan.items()}
+    about = {"recipe": json.dumps(asdict(recipe)), "dataset": Path(stream.dataset).name}
+    where = _resume(checkpoint, saes, about)
+    if where is None:
+        where = 0, 0, 0, 0
+        for name, sae in saes.items():
+            sae.start(stream.block(0).acts[plan[name].layer][:20_000].float())
+    turn, step, within, tokens = where
+    end, began = recipe.blocks * recipe.epochs, tokens
+    clock = saved = told = time.monotonic()
+    losses: dict[str, Tensor] = {}
+    while turn < end:
+        for share, batch in stream.batches(turn, within):
+            if (progress := (turn + share) / end) > 1:
+                break
+            for name, one in plan.items():
+                if (own := progress / one.share) <= 1:
+                    losses[name] = saes[name].step(batch[one.layer], one.lr * learning_rate(recipe.warm_up, step, own))
+            step, within, tokens, now = step + 1, within + 1, tokens + recipe.batch, time.monotonic()
+            if now - told > report:
+                told, rate = now, (tokens - began) / (now - clock)
+                left = tokens * (1 / progress - 1) / rate / 60
+                shown = " ".join(f"{name.removeprefix('layer_')}: {float(loss):.1f}" for name, loss in losses.items())
+                log.info("%.1f %%, %d tokens, %.0f tokens/s, %.0f min left, loss %s", 100 * progress, tokens, rate, left, shown)
+            if checkpoint and now - saved > every:
+                _save(checkpoint, saes, (turn, step, within, tokens), about)
+                saved = time.monotonic()
+        turn, within = turn + 1, 0
+    if checkpoint and tokens > began:
+        _save(checkpoint, saes, (turn, step, within, tokens), about)
+    return {name: sae.weights() for name, sae in saes.items()}
 
-    torch.manual_seed(recipe.seed)
-    names = [f"layer_{layer}" for layer in recipe.layers]
-    steps = recipe.train_tokens // recipe.batch
-    cfg = SAETrainerConfig(
-        total_training_samples=recipe.train_tokens,
-        train_batch_size_samples=recipe.batch,
-        lr=recipe.lr,
-        lr_end=recipe.lr / 10,
-        lr_warm_up_steps=min(200, steps // 10),
-        lr_decay_steps=steps // 3,
-        device=device,
-        autocast=native_bfloat16(device) if autocast is None else autocast,
-        dead_feature_window=300,
-        n_checkpoints=n_checkpoints,
-        checkpoint_path=str(checkpoints),
-        logger=LoggingConfig(log_to_wandb=False),
-        n_batches_for_norm_estimate=20,
-    )
-    saes = {
-        name: quick_sae(
-            BatchTopKTrainingSAEConfig(
-                d_in=d_model,
-                d_sae=recipe.d_sae,
-                k=recipe.k,
-                device=device,
-                normalize_activations="expected_average_only_in",
-            )
-        )
-        for name in names
-    }
-    trainer = MultiSAETrainer(cfg, saes, {name: name for name in names}, Shards(folder, recipe))
-    done = [p for p in checkpoints.glob("[0-9]*") if (p / names[-1] / "cfg.json").exists()]
-    if done:
-        newest = max(done, key=lambda p: int(p.name))
-        trainer.load_checkpoint(newest)
-        trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t > trainer.n_training_samples]
-        trainer.data_provider = Shards(folder, recipe, skip=trainer.n_training_steps + cfg.n_batches_for_norm_estimate)
-        log.info("resumed from %s", newest)
-    for one in trainer.trainers.values():
-        one.optimizer.param_groups[0] |= {"foreach": False, "fused": True}
-    with quiet(not progress):
-        return trainer.fit()
+
+def _save(path: Path, saes: dict[str, BatchTopK], where: tuple[int, ...], about: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {f"{name}/{key}": value for name, sae in saes.items() for key, value in sae.state().items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(state | {"where": torch.tensor(where)}, temporary, about)
+    os.replace(temporary, path)
+
+
+def _resume(path: Path | None, saes: dict[str, BatchTopK], about: dict[str, str]) -> tuple[int, ...] | None:
+    """Load a checkpoint into the SAEs and return (block, step, step within the block, tokens); None where there is none."""
+    if path is None or not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        found = file.metadata()
+    if found != about:
+        raise ValueError(f"{path}: expected a checkpoint of {about}, got one of {found}; give another work folder or delete the file")
+    state = load_file(path, device=str(next(iter(saes.values())).idle.device))
+    for name, sae in saes.items():
+        sae.load({key.partition("/")[2]: value for key, value in state.items() if key.startswith(f"{name}/")})
+    where = tuple(state["where"].tolist())
+    log.info("resumed: block %d, %d steps, step %d within the block, %d tokens", *where)
+    return where
 
 
 @torch.no_grad()
-def export(sae, path: Path, *, layer: int, recipe: Recipe, acts: Float[Tensor, "tokens d_model"], metadata: dict | None = None) -> Path:
+def export(
+    weights: dict[str, Tensor],
+    path: Path,
+    *,
+    layer: int,
+    recipe: Recipe,
+    acts: Float[Tensor, "tokens d_model"],
+    metadata: dict | None = None,
+) -> Path:
     """Save for inference as a float16 JumpReLU SAE with unit decoder rows, in sae_lens's own disk format.
 
-    sae_lens's threshold trails the last batches of training; it is set anew so that `recipe.k` features a token are
-    active on `acts`, a sample of the training activations.
+    The threshold is one number, such that `recipe.k` features a token are active on `acts`, a sample of activations.
     """
-    sae = copy.deepcopy(sae).float()
-    sae.fold_W_dec_norm()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        weights, cfg_path = sae.save_inference_model(folder)
-        state = {name: tensor.half() for name, tensor in load_file(weights).items()}
-        state["threshold"] = torch.full_like(state["threshold"], l0_threshold(state, acts, recipe.k))
-        cfg = json.loads(cfg_path.read_text())
-        cfg["metadata"] = (
-            (cfg.get("metadata") or {}) | {"hook_name": f"blocks.{layer}.hook_resid_post", "recipe": asdict(recipe)} | (metadata or {})
-        )
-        write_atomic(path / weights.name, to_bytes(state))
-        write_atomic(path / cfg_path.name, json.dumps(cfg | {"dtype": "float32"}, indent=1) + "\n")
+    state = {name: tensor.half().cpu().contiguous() for name, tensor in weights.items()}
+    d_sae, d_in = state["W_dec"].shape
+    state["threshold"] = torch.full((d_sae,), l0_threshold(weights, acts, recipe.k)).half()
+    cfg = {"architecture": "jumprelu", "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu"}
+    cfg |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
+    about = {
+        "sae_lens_version": "6.54.12",
+        "training_architecture": "batchtopk",
+        "hook_name": f"blocks.{layer}.hook_resid_post",
+        "recipe": asdict(recipe),
+    }
+    write_atomic(path / "sae_weights.safetensors", to_bytes(state))
+    write_atomic(path / "cfg.json", json.dumps(cfg | {"metadata": about | (metadata or {})}, indent=1) + "\n")
     return path
 
 
 def l0_threshold(state: dict[str, Tensor], acts: Float[Tensor, "tokens d_model"], k: float) -> float:
     """Return the pre-activation that `k` features a token exceed on average: the k n-th largest of n tokens."""
     W_enc, b_enc, b_dec = (state[name].float() for name in ("W_enc", "b_enc", "b_dec"))
-    need, best = int(k * len(acts)), torch.empty(0)
+    need, best = int(k * len(acts)), torch.empty(0, device=acts.device)
     for x in acts.float().split(2048):
         pre = ((x - b_dec) @ W_enc + b_enc).flatten()
         best = torch.cat([best, pre.topk(min(len(pre), 4 * int(k * len(x)))).values])  # a batch may hold more than its share
@@ -165,44 +148,27 @@ def l0_threshold(state: dict[str, Tensor], acts: Float[Tensor, "tokens d_model"]
     return float(best[-1])
 
 
-def make(
-    model,
-    tokenizer,
-    dataset: str,
-    recipe: Recipe,
-    work: Path,
-    out: Path,
-    *,
-    autocast: bool | None = None,
-    n_checkpoints: int = 10,
-) -> list[Path]:
-    """Run the whole recipe: harvest, train, save, describe; each step resumes in `work`. Returns one folder a layer."""
-    from sae_lens import SAE
-
+def make(model, tokenizer, dataset: str, recipe: Recipe, work: Path, out: Path, *, fast: bool = False, batch_size: int = 16) -> list[Path]:
+    """Run the whole recipe: train, save, describe; resumes from `work`. Returns one folder a layer. fast: compile the model."""
     from steerkit.quality import describe
 
-    d_model = model.get_input_embeddings().weight.shape[1]
-    harvest(model, tokenizer, dataset, work / "shards", recipe)
-    saes = train(work / "shards", recipe, d_model, work / "checkpoints", n_checkpoints=n_checkpoints, autocast=autocast)
+    stream = Stream(model, tokenizer, dataset, recipe, batch_size)
+    with compiled(model) if fast else nullcontext():
+        weights = train(stream, work / "checkpoint.safetensors")
+        first = stream.block(0)
     folders = []
-    for layer in recipe.layers:
-        acts, ids = read_shards(work / "shards", layer, 200_000)
-        folder = out / f"layer_{layer}"
-        export(
-            saes[f"layer_{layer}"],
-            folder,
-            layer=layer,
-            recipe=recipe,
-            acts=acts[0][:20_000],
-            metadata={"dataset": Path(dataset).name},
-        )
-        describe(SAE.load_from_disk(folder, dtype="float32"), acts, ids, folder / "features.safetensors")
+    for name, one in recipe.named.items():
+        acts, about = first.acts[one.layer], {"dataset": Path(dataset).name}
+        folder = export(weights[name], out / name, layer=one.layer, recipe=recipe, acts=acts[:20_000], metadata=about)
+        sae = JumpReLU(folder, model.device)
+        pieces, ids, owners = (x.split(16384) for x in (acts, first.ids, first.owner))
+        describe(sae, pieces, ids, folder / "features.safetensors", owners=owners)
         folders.append(folder)
     return folders
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train SAEs for a preset: `python -m steerkit.train smollm2-135m --dataset PATH_OR_HUB_ID --out data/saes/mine`."""
+    """Train SAEs for a preset: `python -m steerkit.train smollm2-135m --dataset PATH_OR_HUB_ID --out FOLDER --saes 3 13:8192`."""
     import argparse
 
     from steerkit.models import load_model, preset
@@ -211,20 +177,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("preset")
     parser.add_argument("--dataset", required=True, help="hub data set id, folder, or .jsonl(.gz)/.parquet file with text or messages")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=cache_dir() / "train", help="the checkpoint; a second call resumes from it")
     parser.add_argument(
-        "--work",
-        type=Path,
-        default=cache_dir() / "train",
-        help="shards and checkpoints; a second call resumes from them",
+        "--saes", type=Sae.parse, nargs="+", default=[Sae(n) for n in (3, 8, 13, 18, 23, 28)], help="LAYER[:FEATURES][:lr=...] ..."
     )
-    parser.add_argument("--layers", type=int, nargs="+", default=[3, 8, 13, 18, 23, 28])
-    for name, default in (("tokens", 1_000_000), ("epochs", 4.0), ("d-sae", 4096), ("k", 32), ("lr", 8e-4)):
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true", help="twice the speed after a minute; needs a C++ compiler on a CPU")
+    parser.add_argument("--llm-batch", type=int, default=16, help="rows in a forward pass")
+    names = ("tokens", "epochs", "k", "batch", "warm_up", "doc_tokens", "block_rows", "seed")
+    for name in names:
+        default = Recipe.__dataclass_fields__[name].default
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    recipe = Recipe(tuple(args.layers), d_sae=args.d_sae, k=args.k, tokens=args.tokens, epochs=args.epochs, lr=args.lr)
-    model, tokenizer = load_model(preset(args.preset))
-    make(model, tokenizer, args.dataset, recipe, args.work, args.out)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    recipe = Recipe(tuple(args.saes), **{name: getattr(args, name) for name in names})
+    model, tokenizer = load_model(preset(args.preset), device=args.device)
+    make(model, tokenizer, args.dataset, recipe, args.work, args.out, fast=args.compile, batch_size=args.llm_batch)
 
 
 if __name__ == "__main__":

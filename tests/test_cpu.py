@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from steerkit import cpu, models, packed, shards
+from steerkit import cpu, harvest, models, packed
 from steerkit.features import next_token_losses, token_batches
 from steerkit.paths import DATA
 from steerkit.selfcheck import measure
@@ -16,7 +16,7 @@ from steerkit.selfcheck import measure
 
 @pytest.fixture(params=[True, False], ids=["native", "emulated"])
 def native(request, monkeypatch):
-    for module in (cpu, packed, shards):
+    for module in (cpu, packed, harvest):
         monkeypatch.setattr(module, "native_bfloat16", lambda *_: request.param)
     return request.param
 
@@ -56,8 +56,8 @@ def test_harvest_runs_in_bfloat16_only_where_it_is_native(native, tmp_path):
     model.model.layers[0].mlp.down_proj.register_forward_hook(lambda _m, _i, out: seen.add(out.dtype))
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": "ab cd " * 40}) + "\n" for _ in range(20)))
-    recipe = shards.Recipe(layers=(1,), tokens=200, context=16, shard_rows=8)
-    shards.harvest(model, tiny.tokenizer(), str(text), tmp_path / "shards", recipe)
+    recipe = harvest.Recipe((harvest.Sae(1),), tokens=200, context=16)
+    harvest.Stream(model, tiny.tokenizer(), str(text), recipe).block(0)
     assert seen == {torch.bfloat16 if native else torch.float32}
 
 

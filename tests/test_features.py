@@ -41,8 +41,9 @@ def test_logit_lens_is_the_head_of_the_normed_direction(kind):
 def test_top_contexts_find_planted_peaks_and_mark_the_edges():
     acts, tokens = torch.zeros(100, 2), torch.arange(100)
     acts[50, 0], acts[3, 0], acts[52, 0] = 5.0, 4.0, 3.0
-    ids, peaks = top_contexts(acts, tokens, k=2, before=5, after=1)
+    ids, peaks, places = top_contexts(acts, tokens, k=2, before=5, after=1)
     assert peaks[0].tolist() == [5.0, 4.0]
+    assert places[0].tolist() == [50, 3]
     assert ids[0, 0].tolist() == [45, 46, 47, 48, 49, 50, 51]
     assert ids[0, 1].tolist() == [-1, -1, 0, 1, 2, 3, 4]
 

@@ -1,15 +1,20 @@
-"""Harvest, batches and training against planted data, sae_lens's own functions, and interruptions."""
+"""Rows, blocks, batches and training against planted data, autograd, sae_lens's own functions, and interruptions."""
 
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from steerkit import shards, train
+from steerkit import harvest, train
 from steerkit.features import ordinary_positions, residuals
+from steerkit.harvest import Block, Recipe, Sae, Stream
 from steerkit.quality import contexts, describe, fit, loss_recovered
 
 D = tiny.D_MODEL
@@ -18,7 +23,7 @@ D = tiny.D_MODEL
 @pytest.fixture
 def text(tmp_path):
     """A data set file: plain documents and one chat."""
-    rows = [{"text": f"Document {i} speaks of {'rain' * (i % 4)} and of wind."} for i in range(60)]
+    rows = [{"text": f"Document {i} speaks of {'rain' * (i % 4)} and of wind.", "source": "ab"[i % 2]} for i in range(60)]
     rows.insert(5, {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]})
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -26,52 +31,70 @@ def text(tmp_path):
 
 
 def recipe(**change):
-    return shards.Recipe(
-        **(
-            {
-                "layers": (0, 1),
-                "d_sae": 128,
-                "k": 4,
-                "tokens": 600,
-                "epochs": 2.0,
-                "batch": 100,
-                "context": 32,
-                "shard_rows": 8,
-            }
-            | change
-        )
-    )
+    small = {"saes": (Sae(0, 128), Sae(1, 96)), "k": 4, "tokens": 1200, "epochs": 2.0, "batch": 100, "context": 32, "block_rows": 16}
+    return Recipe(**(small | {"warm_up": 3} | change))
+
+
+def stream(text, **change):
+    return Stream(tiny.model("llama"), tiny.tokenizer(), text, recipe(**change), batch_size=8)
 
 
 def test_rows_are_packed_documents_with_the_first_token_in_front(text):
     tok = tiny.tokenizer()
-    rows = torch.stack(list(shards.token_rows(text, tok, recipe())))
+    rows = torch.stack(list(harvest.token_rows(text, tok, context=32)))
     assert rows.shape[1] == 32 and (rows[:, 0] == tok.bos_token_id).all()
     stream = tok.decode(rows[:, 1:].flatten()).replace("<bos>", "")
     assert stream.startswith("Document 0 speaks of  and of wind.Document 1 speaks of rain and of wind.") and "[user] Hello?" in stream
 
 
-def test_harvest_writes_the_residual_streams_of_ordinary_positions_and_resumes(text, tmp_path, monkeypatch):
-    model, tok = tiny.model("llama"), tiny.tokenizer()
-    folder = shards.harvest(model, tok, text, tmp_path / "a", recipe())
-    paths = sorted(folder.glob("*"))
-    rows = torch.stack([r for _, r in zip(range(8), shards.token_rows(text, tok, recipe()))])
-    resid = residuals(model, rows, layers=[0, 1])
-    keep = ordinary_positions(rows, None, resid, special=tok.all_special_ids)
-    first = load_file(paths[0])
-    assert torch.equal(first["tokens"].long(), rows[keep])
-    assert (first["layer_1"].float() - resid[1][keep]).norm() < 0.03 * resid[1][keep].norm()  # bfloat16 autocast
-    whole = [p.read_bytes() for p in paths]
-    paths[-1].unlink()
-    calls = []
-    monkeypatch.setattr(shards, "residuals", lambda *a, **k: calls.append(1) or residuals(*a, **k))
-    shards.harvest(model, tok, text, tmp_path / "a", recipe())
-    assert [p.read_bytes() for p in sorted(folder.glob("*"))] == whole and len(calls) == 1
+@pytest.mark.parametrize("lengths", [[3, 9, 1, 30, 7, 7, 2], [7] * 6, [8, 6, 15, 1, 1, 1, 1, 21]])
+def test_packing_equals_sae_lens(lengths):
+    from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+
+    docs = [torch.arange(10 * i + 2, 10 * i + 2 + n) for i, n in enumerate(lengths)]
+    docs.insert(2, torch.tensor([1, 5, 6]))  # brings its own beginning-of-text token
+    how = {"context_size": 8, "begin_batch_token_id": 1, "sequence_separator_token_id": 1}
+    theirs = [row.tolist() for row in concat_and_batch_sequences(iter(docs), **how)]
+    ours = list(harvest.packed(((i, "", d.tolist()) for i, d in enumerate(docs)), 1, 8))
+    assert [row.tolist() for row, _ in ours] == theirs
+    for row, owner in ours:
+        assert all(t == 1 or t in docs[o].tolist() for t, o in zip(row.tolist(), owner.tolist())) and owner[0] == -1
 
 
-def test_too_little_text_is_a_clear_error(text, tmp_path):
-    with pytest.raises(ValueError, match="ended after"):
-        shards.harvest(tiny.model("llama"), tiny.tokenizer(), text, tmp_path / "a", recipe(tokens=10**6))
+def test_a_block_holds_the_residual_streams_of_ordinary_positions(text):
+    s = stream(text)
+    got, tok = s.block(1), s.tokenizer
+    rows = torch.stack(list(harvest.token_rows(text, tok, context=32)))
+    size = -(-s.recipe.rows // s.recipe.blocks)
+    rows = rows[size : 2 * size]
+    parts = [(b, residuals(s.model, b, layers=[0, 1])) for b in rows.split(8)]
+    keep = [ordinary_positions(b, None, r, special=tok.all_special_ids) for b, r in parts]
+    assert torch.equal(got.ids, torch.cat([b[k] for (b, _), k in zip(parts, keep)]))
+    want = torch.cat([r[1][k] for (_, r), k in zip(parts, keep)])
+    assert (got.acts[1].float() - want).norm() < 0.03 * want.norm()  # bfloat16 autocast, where native
+    lines = [json.loads(line) for line in Path(text).read_text().splitlines()]
+    number = int(got.owner[200])
+    said = tok.decode(got.ids[got.owner == number])
+    assert said in lines[number]["text"] and s.sources[s.source_of[number]] == lines[number]["source"]
+
+
+def test_too_little_text_is_a_clear_error(text):
+    with pytest.raises(ValueError, match="lower `tokens`"):
+        stream(text, tokens=10**6, block_rows=10**4).block(0)
+
+
+def test_batches_are_a_shuffled_block_and_start_anywhere(text):
+    s = stream(text, block_rows=1000)
+    seen = [batch[0] for _, batch in s.batches(0)]
+    rows = {tuple(row.tolist()) for row in s.block(0).acts[0].float()}
+    taken = [tuple(row.tolist()) for batch in seen for row in batch]
+    assert len(taken) == len(s.block(0)) // 100 * 100 and set(taken) <= rows
+    assert not torch.equal(seen[0], s.block(0).acts[0][:100].float())
+    later = [batch[0] for _, batch in stream(text, block_rows=1000).batches(0, 3)]
+    assert all(map(torch.equal, seen[3:], later))
+    assert not torch.equal(next(s.batches(1))[1][0], seen[0])
+    with pytest.raises(ValueError, match="lower `batch`"):
+        next(stream(text, batch=10**5).batches(0))
 
 
 def test_outlier_and_special_positions_are_left_out():
@@ -83,88 +106,116 @@ def test_outlier_and_special_positions_are_left_out():
     assert keep.tolist() == [[False, True, True, False, False, True, False]]
 
 
-def planted_shards(folder, n=4000, atoms=24, active=3, seed=0):
-    """Sparse sums of known directions: what an SAE must find."""
-    rng = torch.Generator().manual_seed(seed)
-    truth = torch.nn.functional.normalize(torch.randn(atoms, 16, generator=rng), dim=1)
-    codes = torch.zeros(n, atoms).scatter(1, torch.rand(n, atoms, generator=rng).topk(active).indices, 1.0) * (
-        1 + torch.rand(n, atoms, generator=rng)
-    )
-    folder.mkdir()
-    save_file({"layer_0": (codes @ truth * 3).half(), "tokens": torch.arange(n).int()}, folder / "shard_00000.safetensors")
-    return truth, (codes @ truth * 3)
+class Planted(Stream):
+    """Sparse sums of known directions in place of a model's activations: what an SAE must find."""
+
+    def __init__(self, plan, n=4000, atoms=24, active=3):
+        super().__init__(tiny.model("llama", d_model=16), None, "planted", plan)
+        rng = torch.Generator().manual_seed(0)
+        self.truth = torch.nn.functional.normalize(torch.randn(atoms, 16, generator=rng), dim=1)
+        codes = torch.zeros(n, atoms).scatter(1, torch.rand(n, atoms, generator=rng).topk(active).indices, 1.0)
+        self.x = (codes * (1 + torch.rand(n, atoms, generator=rng))) @ self.truth * 3
+
+    def block(self, number):
+        return Block({0: self.x.half()}, torch.arange(len(self.x)), torch.zeros(len(self.x)).long())
 
 
 def test_training_finds_planted_directions_and_export_is_an_sae_lens_jumprelu(tmp_path):
     from sae_lens import SAE
 
-    truth, x = planted_shards(tmp_path / "shards")
-    plan = shards.Recipe(layers=(0,), d_sae=48, k=3, tokens=4000, epochs=60, batch=200, lr=3e-3)
-    sae = train.train(tmp_path / "shards", plan, 16, tmp_path / "ck", n_checkpoints=0, autocast=False)["layer_0"]
-    train.export(sae, tmp_path / "sae", layer=0, recipe=plan, acts=x)
+    plan = Recipe((Sae(0, 48, lr=3e-3),), k=3, tokens=4000, epochs=60, batch=200)
+    planted = Planted(plan)
+    weights = train.train(planted, dtype=torch.float32)["layer_0"]
+    train.export(weights, tmp_path / "sae", layer=0, recipe=plan, acts=planted.x)
     ready = SAE.load_from_disk(tmp_path / "sae", dtype="float32")
     assert ready.cfg.architecture() == "jumprelu" and ready.cfg.metadata.hook_name == "blocks.0.hook_resid_post"
     torch.testing.assert_close(ready.W_dec.norm(dim=1), torch.ones(48), atol=2e-3, rtol=0)
     with torch.no_grad():
-        f = ready.encode(x)
-        fvu = (x - ready.decode(f)).square().sum() / (x - x.mean(0)).square().sum()
+        f = ready.encode(planted.x)
+        fvu = (planted.x - ready.decode(f)).square().sum() / (planted.x - planted.x.mean(0)).square().sum()
     assert fvu < 0.1 and abs(float((f > 0).sum(1).float().mean()) - 3) < 0.1
-    cosines = (truth @ torch.nn.functional.normalize(ready.W_dec, dim=1).T).amax(1)
+    cosines = (planted.truth @ torch.nn.functional.normalize(ready.W_dec, dim=1).T).amax(1)
     assert (cosines > 0.9).float().mean() > 0.9
 
 
-def test_training_resumes_from_a_checkpoint_to_the_same_place(tmp_path):
-    planted_shards(tmp_path / "shards")
-    plan = shards.Recipe(layers=(0,), d_sae=48, k=3, tokens=4000, epochs=4, batch=200)
-    whole = train.train(tmp_path / "shards", plan, 16, tmp_path / "a", n_checkpoints=3, autocast=False)["layer_0"]
-    newest = max((tmp_path / "a").iterdir(), key=lambda p: int(p.name))
-    assert (newest / "layer_0" / "sae_weights.safetensors").exists()
-    resumed = train.train(tmp_path / "shards", plan, 16, tmp_path / "a", n_checkpoints=3, autocast=False)["layer_0"]
-    cosine = torch.nn.functional.cosine_similarity(whole.W_dec, resumed.W_dec, dim=1)
-    assert cosine.min() > 0.99  # one step may be repeated
-
-
-def test_batches_are_shuffled_whole_and_skip_ahead(tmp_path):
-    planted_shards(tmp_path / "shards", n=1000)
-    plan = shards.Recipe(layers=(0,), tokens=1000, batch=100)
-    straight = shards.Shards(tmp_path / "shards", plan)
-    seen = [next(straight)["layer_0"] for _ in range(13)]
-    ahead = shards.Shards(tmp_path / "shards", plan, skip=12)
-    assert torch.equal(next(ahead)["layer_0"], seen[12])
-    epoch = torch.cat(seen[:10]).sum(0)
-    torch.testing.assert_close(
-        epoch,
-        load_file(tmp_path / "shards" / "shard_00000.safetensors")["layer_0"].float().sum(0),
-        rtol=1e-3,
-        atol=1e-2,
-    )
-    with pytest.raises(FileNotFoundError, match="harvest"):
-        shards.Shards(tmp_path, plan)
-
-
-def test_quick_batch_top_k_equals_sae_lens():
-    from sae_lens.saes.batchtopk_sae import BatchTopK
-
-    quick = train.QuickBatchTopK(3.5)
-    for seed in range(6):
-        x = torch.randn(10, 40, generator=torch.Generator().manual_seed(seed)) * (1 + seed % 3)
-        torch.testing.assert_close(quick(x), BatchTopK(3.5)(x))
-        assert quick.cut == pytest.approx(float(BatchTopK(3.5)(x)[BatchTopK(3.5)(x) > 0].min()))
-
-
-def test_quick_dead_latent_loss_equals_sae_lens():
+@pytest.mark.parametrize("n_dead", [0, 3, 20])
+def test_gradients_are_those_of_sae_lens(n_dead):
+    """The loss of sae_lens's BatchTopKTrainingSAE, auxiliary part included, differentiated by autograd."""
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput
 
-    cfg = BatchTopKTrainingSAEConfig(d_in=16, d_sae=48, k=3)
-    quick = train.quick_sae(cfg)
-    plain = BatchTopKTrainingSAE(cfg)
-    plain.load_state_dict(quick.state_dict())
-    x, out, pre = torch.randn(20, 16), torch.randn(20, 16), torch.randn(20, 48)
-    for n_dead in (0, 3, 8, 20):
-        dead = torch.zeros(48, dtype=torch.bool)
-        dead[:n_dead] = True
-        args = {"sae_in": x, "sae_out": out, "hidden_pre": pre, "dead_neuron_mask": dead}
-        torch.testing.assert_close(quick.calculate_topk_aux_loss(**args), plain.calculate_topk_aux_loss(**args))
+    ours = train.BatchTopK(16, 48, 3.5, seed=1)
+    for p in ours.params[2:]:
+        p.data.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
+    theirs = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=16, d_sae=48, k=3.5, rescale_acts_by_decoder_norm=False))
+    for name, p in zip(ours.PARAMS, ours.params):
+        getattr(theirs, name).data.copy_(p.data)
+    x = 3 * torch.randn(20, 16, generator=torch.Generator().manual_seed(3))
+    dead = torch.arange(48) < n_dead
+    ours.idle[dead] = 10**9
+    got, loss = ours.gradients(x)
+    out = theirs.training_forward_pass(
+        TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False)
+    )
+    out.loss.backward()
+    assert float(loss) == pytest.approx(out.losses["mse_loss"].item(), rel=1e-5)
+    for name, grad in zip(ours.PARAMS, got):
+        torch.testing.assert_close(grad, getattr(theirs, name).grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_quick_search_keeps_what_a_full_one_keeps():
+    quick = train.BatchTopK(4, 40, 3.5)
+    for seed in range(6):
+        pre = torch.randn(10, 40, generator=torch.Generator().manual_seed(seed)) * (1 + seed % 3)
+        assert set(quick.active(pre).tolist()) == set(pre.flatten().topk(35).indices.tolist())
+    assert len(quick.active(-torch.ones(10, 40))) == 0
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n][k], b[n][k]) for n in a for k in a[n])
+
+
+def test_a_cut_off_run_goes_on_to_the_same_weights(text, tmp_path, monkeypatch):
+    plan = {"saes": (Sae(0, 128), Sae(1, 96), Sae(1, 64, share=0.5))}
+    whole = train.train(stream(text, **plan))
+    assert whole.keys() == {"layer_0", "layer_1-d_sae96", "layer_1-d_sae64-share0.5"}
+    step, calls = train.BatchTopK.step, []
+
+    def break_off(self, *args):
+        calls.append(1)
+        if len(calls) == 23:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(train.BatchTopK, "step", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(stream(text, **plan), tmp_path / "state.safetensors", every=0)
+    monkeypatch.setattr(train.BatchTopK, "step", step)
+    resumed = train.train(stream(text, **plan), tmp_path / "state.safetensors")
+    assert same(whole, resumed)
+    monkeypatch.setattr(train.BatchTopK, "step", break_off)  # done: no step is taken again
+    assert same(whole, train.train(stream(text, **plan), tmp_path / "state.safetensors"))
+    with pytest.raises(ValueError, match="checkpoint of"):
+        train.train(stream(text, k=5), tmp_path / "state.safetensors")
+
+
+def test_a_killed_process_goes_on_to_the_same_weights(text, tmp_path):
+    state = tmp_path / "state.safetensors"
+    code = f"""if True:
+        import os, signal, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        import test_train as t
+        step, calls = t.train.BatchTopK.step, []
+        def kill(self, *args):
+            calls.append(1)
+            if len(calls) == 15: os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, *args)
+        t.train.BatchTopK.step = kill
+        t.train.train(t.stream({text!r}), Path({str(state)!r}), every=0)
+    """
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert state.exists() and same(train.train(stream(text), state), train.train(stream(text)))
 
 
 def test_threshold_gives_the_wanted_l0():
@@ -204,9 +255,11 @@ def test_feature_cards_name_the_planted_peaks(tmp_path):
     ids = torch.randint(5, 200, (300,), generator=torch.Generator().manual_seed(0))
     x = 0.1 * torch.rand(300, D, generator=torch.Generator().manual_seed(1))
     x[150, 7], x[40, 7] = 9.0, 8.0
-    card = describe(sae, [x[:100], x[100:]], [ids[:100], ids[100:]], tmp_path / "features.safetensors", k=2)
+    owners = torch.arange(300) // 50
+    pieces = ([t[:100], t[100:]] for t in (x, ids, owners))
+    card = describe(sae, next(pieces), next(pieces), tmp_path / "features.safetensors", owners=next(pieces), k=2)
     stored = load_file(card)
-    assert stored["peaks"][7].tolist() == [9.0, 8.0]
+    assert stored["peaks"][7].tolist() == [9.0, 8.0] and stored["documents"][7].tolist() == [3, 0]
     assert stored["contexts"][7, 0, 8].item() == ids[150].item()
     assert stored["contexts"][7, 1].to(torch.int64).tolist() == ids[32:43].tolist()
     np.testing.assert_allclose(stored["density"][:D], (x > 0).float().mean(0))
