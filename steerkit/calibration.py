@@ -13,7 +13,7 @@ from steerkit.partial import steered_token_losses
 
 
 def calibration_rows(tokenizer, text: str, *, rows: int, length: int = 32) -> Int[Tensor, "rows length"]:
-    """Return rows of `length` tokens cut from a text at even distances, each with the beginning-of-text token, if there is one, in front."""
+    """Return rows of `length` tokens cut from a text at even distances, behind the beginning-of-text token if there is one."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     width = length - len(head)

@@ -126,7 +126,7 @@ def text_features(
         with packed_linears(model):
             head = residuals(model, torch.tensor([starts[p] for p in mine], device=device), layers=[layer])[layer][:, :-1]
 
-        def summed(batch: list[tuple[int, int, int]]) -> tuple:
+        def summed(batch: list[tuple[int, int, int]], mine=mine, head=head) -> tuple:
             which = torch.tensor([v for v, _, _ in batch])
             rows = [((number + v) * len(starts) + p) * scheme.samples + s for v, p, s in batch]
             arm = [(v, tuple(starts[p])) for v, p, _ in batch]

@@ -10,7 +10,6 @@ from steerkit.hooks import residual_blocks
 from steerkit.memory import halving
 from steerkit.packed import packed_linears
 
-
 LOGITS = 2**28  # that exist together: 1 GiB in float32
 
 

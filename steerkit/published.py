@@ -75,13 +75,12 @@ def source(given: str, spec: Preset, layer: int) -> str:
     if chosen == "hub":
         return chosen
     if not chosen or not resolve(chosen).exists():
-        raise ValueError(f"{spec.name}, layer {layer}: expected measured effects, got {'no file ' + chosen if chosen else 'none'}: {recipe}")
+        got = f"no file {chosen}" if chosen else "none"
+        raise ValueError(f"{spec.name}, layer {layer}: expected measured effects, got {got}: {recipe}")
     with safe_open(resolve(chosen), "pt") as file:
         about = json.loads((file.metadata() or {}).get("about", "{}"))
-    if (about.get("preset"), about.get("layer")) != (spec.name, layer):
-        raise ValueError(
-            f"{chosen}: expected effects of {spec.name}, layer {layer}, got those of {about.get('preset')}, layer {about.get('layer')}: {recipe}"
-        )
+    if (got := (about.get("preset"), about.get("layer"))) != (spec.name, layer):
+        raise ValueError(f"{chosen}: expected effects of {spec.name}, layer {layer}, got those of {got[0]}, layer {got[1]}: {recipe}")
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from steerkit import approximator, models, published, run, trial
+from steerkit import approximator, effects, models, published, run, trial
 from steerkit.judges import coherence
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -148,6 +149,12 @@ def on_gpu(small, monkeypatch):
     monkeypatch.setattr(models, "_bridge", lambda *_: None)
     monkeypatch.setattr(models, "self_check", lambda *_: [])
     monkeypatch.setattr(trial, "_graded", graded)
+    text_features = effects.text_features
+
+    def few(*args, scheme, **settings):
+        return text_features(*args, scheme=dataclasses.replace(scheme, prompts=scheme.prompts[3:5], length=8), **settings)
+
+    monkeypatch.setattr(effects, "text_features", few)
     for module in (approximator, published):
         monkeypatch.setattr(module, "fit_ridge", quick)
     monkeypatch.setattr(plt, "show", lambda: None)
