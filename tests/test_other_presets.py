@@ -13,6 +13,7 @@ from steerkit import axbench, calibration, models, quality, run, score_features,
 from steerkit.generate import BASELINE
 from steerkit.judges import coherence
 from steerkit.paths import ROOT
+from steerkit.questions import Task
 
 REFUSED = {
     "03_feature_effects": (ValueError, r"gpt2-small, layer 7: expected measured effects.*steerkit\.measure_effects --preset gpt2-small"),
@@ -22,7 +23,7 @@ REFUSED = {
         FileNotFoundError,
         r"scores of gpt2-small's features.*steerkit\.score_features --preset gpt2-small.*--layers 0 1 2",
     ),
-    "07_corrsteer": (ValueError, r"facts, letters: expected a model with a chat template.*gpt2-small has none"),
+    "07_corrsteer": (ValueError, r"facts: expected a model with a chat template.*gpt2-small has none"),
 }
 
 
@@ -62,7 +63,7 @@ def test_what_cannot_be_done_is_said_in_the_first_cell(name, gpt2, tmp_path, mon
 
 
 def test_the_basics_follow_the_preset(gpt2, tmp_path):
-    space = notebook("01_steering_basics", tmp_path, topics=["love"], scales=[5.0], n_samples=2, n_random=1, max_new_tokens=4, n_boot=20)
+    space = notebook("01_steering_basics", tmp_path, topics=["love"], scales=[5.0], n_samples=2, n_random=1, max_new_tokens=4, n_boot=100)
     assert space["layer"] == space["v"].layer == 7 and space["v"].preset == "gpt2-small"
 
 
@@ -126,6 +127,7 @@ def test_a_model_without_a_chat_template_is_asked_in_plain_text(monkeypatch):
     loaded = models.Loaded(models.preset("pythia-70m"), None, model, tok, {}, [])
     axbench.steer(loaded, {("love", "none"): [BASELINE]}, instructions=["Why?", "Who?"], max_new_tokens=2, progress=False)
     assert tok.decode(asked[0][0]) == "<bos>Why" and torch.is_tensor(asked[0])
+    chat, plain = (Task(name, "letter", 1, name == "x", {"selection": ()}) for name in "xy")
     with pytest.raises(ValueError, match=r"x: expected a model with a chat template.*pythia-70m has none"):
-        trial.check_chat(loaded, [type("T", (), {"name": "x", "chat": True}), type("T", (), {"name": "y", "chat": False})])
-    trial.check_chat(loaded, [type("T", (), {"name": "y", "chat": False})])
+        trial.check_chat(loaded, [chat, plain])
+    trial.check_chat(loaded, [plain])
