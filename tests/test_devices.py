@@ -1,10 +1,11 @@
 """Every notebook, cell by cell, on a machine with a GPU: what lies on the GPU never meets what lies on the CPU."""
 
-import ast
 import copy
+import dataclasses
 import functools
 from pathlib import Path
 
+import cells
 import devices
 import jaxtyping
 import matplotlib.pyplot as plt
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from steerkit import approximator, models, published, run, trial
+from steerkit import approximator, effects, models, published, run, trial
 from steerkit.judges import coherence
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -148,6 +149,12 @@ def on_gpu(small, monkeypatch):
     monkeypatch.setattr(models, "_bridge", lambda *_: None)
     monkeypatch.setattr(models, "self_check", lambda *_: [])
     monkeypatch.setattr(trial, "_graded", graded)
+    text_features = effects.text_features
+
+    def few(*args, scheme, **settings):
+        return text_features(*args, scheme=dataclasses.replace(scheme, prompts=scheme.prompts[3:5], length=8), **settings)
+
+    monkeypatch.setattr(effects, "text_features", few)
     for module in (approximator, published):
         monkeypatch.setattr(module, "fit_ridge", quick)
     monkeypatch.setattr(plt, "show", lambda: None)
@@ -159,26 +166,6 @@ def on_gpu(small, monkeypatch):
     plt.close("all")
 
 
-def run_cells(path: Path, values: dict) -> dict:
-    """Run a notebook's code cells in order, with parameters as papermill injects them; show what a notebook would."""
-    space = {"__name__": "__main__", "display": _show}
-    for number, cell in enumerate(nbformat.read(path, 4).cells):
-        if cell.cell_type != "code" or "parameters" in cell.metadata.get("tags", []):
-            space |= values if cell.cell_type == "code" else {}
-            continue
-        body = ast.parse(cell.source).body
-        last = ast.Expression(body.pop().value) if body and isinstance(body[-1], ast.Expr) else None
-        where = f"{path.stem}, cell {number}"
-        exec(compile(ast.Module(body, []), where, "exec"), space)
-        _show(eval(compile(last, where, "eval"), space) if last else None)
-    return space
-
-
-def _show(value) -> None:
-    """Make what Jupyter would show of a value."""
-    (getattr(value, "_repr_html_", None) or value.__repr__)()
-
-
 @pytest.mark.embedded
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_runs_on_a_gpu(path, on_gpu, tmp_path):
@@ -187,7 +174,7 @@ def test_a_notebook_runs_on_a_gpu(path, on_gpu, tmp_path):
     given = dict(job.given) | {"out_dir": str(tmp_path / "out"), "figures_dir": str(tmp_path / "figures")}
     if path.stem == "07_corrsteer":
         given |= {"lora_epochs": 0.2}  # smoke leaves fine-tuning out
-    space = run_cells(path, run.check_parameters(run.parameters(nbformat.read(path, 4)), given))
+    space = cells.run_cells(path, run.check_parameters(run.parameters(nbformat.read(path, 4)), given))
     used = space.get("model")
     assert used is None or next(used.parameters()).is_cuda
     assert list((tmp_path / "figures").rglob("*.png")) and (tmp_path / "out" / "results.json").exists()
