@@ -79,11 +79,8 @@ def source(given: str, spec: Preset, layer: int) -> str:
         raise ValueError(f"{spec.name}, layer {layer}: expected measured effects, got {got}: {recipe}")
     with safe_open(resolve(chosen), "pt") as file:
         about = json.loads((file.metadata() or {}).get("about", "{}"))
-    if (about.get("preset"), about.get("layer")) != (spec.name, layer):
-        raise ValueError(
-            f"{chosen}: expected effects of {spec.name}, layer {layer}, got those of {about.get('preset')}, "
-            f"layer {about.get('layer')}: {recipe}"
-        )
+    if (got := (about.get("preset"), about.get("layer"))) != (spec.name, layer):
+        raise ValueError(f"{chosen}: expected effects of {spec.name}, layer {layer}, got those of {got[0]}, layer {got[1]}: {recipe}")
     return chosen
 
 

@@ -61,10 +61,8 @@ class Trial:
 def check_chat(loaded, tasks: Iterable[Task]) -> None:
     """Raise ValueError for tasks that need a chat template where the model has none, before anything is asked."""
     if not loaded.tokenizer.chat_template and (names := [task.name for task in tasks if task.chat]):
-        raise ValueError(
-            f"{', '.join(names)}: expected a model with a chat template for these tasks, {loaded.preset.name} has none: "
-            "use an instruct preset, or the released benchmarks (mmlu, bbq_ambig, ...), which are asked as plain text"
-        )
+        why = f"expected a model with a chat template for these tasks, {loaded.preset.name} has none"
+        raise ValueError(f"{', '.join(names)}: {why}: use an instruct preset, or tasks asked as plain text (letters, mmlu, bbq_ambig, ...)")
 
 
 def run(

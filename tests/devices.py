@@ -6,6 +6,7 @@ built without CUDA serves too; where Python code asks, it says "cuda:0".
 
 import contextlib
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +37,9 @@ class OnGpu(torch.Tensor):
     def tolist(self):
         return self.inner.tolist()
 
+    def untyped_storage(self):
+        return self.inner.untyped_storage()
+
     def __format__(self, spec):
         return format(self.inner, spec)
 
@@ -58,6 +62,8 @@ class Front(TorchFunctionMode):
     """What torch decides before it dispatches: what "cuda" means, and where `to`, `cpu` and `cuda` go."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         kwargs = {name: _numbered(value) for name, value in (kwargs or {}).items()}
         args = tuple(map(_numbered, args))
         if func is torch._has_compatible_shallow_copy_type:
@@ -144,19 +150,19 @@ def _device(name: str, args, tensors) -> torch.device:
 
 
 @contextlib.contextmanager
-def gpu(monkeypatch):
+def gpu():
     """Give the machine a GPU while it is open: `torch.cuda.is_available()`, and autocast and synchronisation do nothing."""
     cast, lifted = torch.autocast, torch._C._only_lift_cpu_tensors()
     on_gpu = lambda *a, **k: "cuda" in (*a, k.get("device_type"))  # noqa: E731
-    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext() if on_gpu(*a, **k) else cast(*a, **k))
-    said = {"is_available": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True, "get_device_name": "a test"}
-    for name, value in said.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_a, value=value, **_k: value)
-    for name in ("_lazy_init", "synchronize", "empty_cache", "manual_seed_all"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_a, **_k: None)
-    torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device="cuda") copies where the mode sees it
-    try:
-        with Gpu(), Front():
-            yield
-    finally:
-        torch._C._set_only_lift_cpu_tensors(lifted)
+    answers = {"is_available": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True, "get_device_name": "a test"}
+    answers |= dict.fromkeys(("_lazy_init", "synchronize", "empty_cache", "manual_seed_all", "get_rng_state", "set_rng_state"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext() if on_gpu(*a, **k) else cast(*a, **k))
+        for name, value in answers.items():
+            patch.setattr(torch.cuda, name, lambda *_a, value=value, **_k: value)
+        torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device="cuda") copies where the mode sees it
+        try:
+            with Gpu(), Front():
+                yield
+        finally:
+            torch._C._set_only_lift_cpu_tensors(lifted)

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 import yaml
 
-from steerkit import run
+from steerkit import models, published, run
 
 PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
@@ -76,11 +76,26 @@ def test_parameters(path):
 
 @each
 def test_no_parameter_is_set_again(path):
-    """A parameter that a later cell assigns would not change what comes after it."""
+    """A parameter that a later cell assigns would not change what comes after it. Only the opening cell may do so, where it
+    fills in what the preset decides: `name = ...` with the parameter itself on the right."""
     declared = run.parameters(read(path)).keys()
-    nodes = [n for c in code(read(path)) for n in ast.walk(tree(c))]
+    opening, *later = map(tree, code(read(path)))
+    filled = [n for n in opening.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
+    filled = [n for n in filled if n.targets[0].id in {m.id for m in ast.walk(n.value) if isinstance(m, ast.Name)}]
+    nodes = [n for part in (*later, *(top for top in opening.body if top not in filled)) for n in ast.walk(part)]
     stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     assert not declared & stored
+
+
+def test_defaults_follow_the_preset():
+    """What a preset decides has no default of the embedded model; for that one the values are the ones of the published runs."""
+    own = {"layer": -1, "layers": [], "topic_layers": [], "effects_file": ""}
+    for path in NOTEBOOKS:
+        found = run.parameters(read(path))
+        assert {name: found[name].default for name in own if name in found} == {name: own[name] for name in own if name in found}
+    spec = models.preset("smollm2-135m")
+    assert (spec.layer(), spec.layers, spec.layers[-2:-1]) == (13, [3, 8, 13, 18, 23, 28], [23])
+    assert published.source("", spec, 13) == "data/effects/smollm2-135m/layer_13.safetensors"
 
 
 @each

@@ -103,3 +103,22 @@ def test_the_right_rotation_is_the_one_that_maps_rows_to_columns():
     R, wrong = rotation(found, D), rotation(found, D, published=True)
     both = [torch.stack([unit(m @ D[i]) @ unit(found.M[:, i]) for i in range(0, 16384, 512)]).mean() for m in (R, wrong)]
     assert both[0] > both[1]
+
+
+def test_effects_of_another_preset_or_layer_are_refused_by_name(tmp_path):
+    """Wrong effects would fail later, as a product of matrices that do not fit, or not at all where the sizes agree."""
+    embedded, small = preset("smollm2-135m"), preset("gpt2-small")
+    own = published.source("", embedded, 13)
+    with pytest.raises(ValueError, match=r"effects of gpt2-small, layer 7, got those of smollm2-135m, layer 13: .*--preset gpt2-small"):
+        published.measured(own, small, torch.zeros(8, 4), layer=7)
+    with pytest.raises(ValueError, match=r"effects of smollm2-135m, layer 8, got those of smollm2-135m, layer 13"):
+        published.source(own, embedded, 8)
+    with pytest.raises(ValueError, match=r"gpt2-small, layer 7: expected measured effects, got none: python -m steerkit\.measure_effects"):
+        published.source("", small, 7)
+    with pytest.raises(ValueError, match=r"got no file nowhere\.safetensors"):
+        published.source("nowhere.safetensors", embedded, 13)
+    with pytest.raises(ValueError, match="gpt2-small, layer 7: expected a preset and layer with published effects"):
+        published.source("hub", small, 7)
+    assert published.source("", preset("gemma-2-2b"), 12) == "hub"
+    with pytest.raises(ValueError, match="gemma-2-2b, layer 5: expected measured effects"):
+        published.source("", preset("gemma-2-2b"), 5)

@@ -12,11 +12,13 @@ import pandas as pd
 from jaxtyping import Float
 
 from steerkit.features import forward_losses
+from steerkit.fetch import CONVERSION
 from steerkit.fingerprint import fingerprint
 from steerkit.journal import score_texts
 from steerkit.judges import Judge, checked, parameters, sigmoid
 from steerkit.memory import halving
 from steerkit.packed import packed_linears
+from steerkit.presets import preset
 from steerkit.tokens import bare_ids
 
 MAX_TOKENS = 256
@@ -186,12 +188,15 @@ def coherence_judge(hf_model, tokenizer, *, fitted: dict | None = None) -> Judge
     return judge
 
 
+EMBEDDED = "smollm2-135m"
+
+
 @functools.cache
 def embedded_judge() -> Judge:
     """Return the coherence judge on a model of its own, the embedded one in float32, opened once: whatever model wrote the texts."""
-    from steerkit.models import load_model, preset
+    from steerkit.models import load_model
 
-    return coherence_judge(*load_model(preset("smollm2-135m")))
+    return coherence_judge(*load_model(preset(EMBEDDED)))
 
 
 def judge_pairs(prompts: Sequence[str], texts: Sequence[str], *, out=None, progress: bool = True) -> Float[np.ndarray, " texts"]:
@@ -202,6 +207,6 @@ def judge_pairs(prompts: Sequence[str], texts: Sequence[str], *, out=None, progr
     judge = embedded_judge()
     pairs = pd.DataFrame({"prompt": prompts, "text": texts})
     score = lambda part: {"coherence": judge(part.text.tolist(), part.prompt.tolist())}  # noqa: E731
-    by = fingerprint(loaded.hf, parameters("coherence")) if out else ""
+    by = fingerprint(parameters("coherence"), preset(EMBEDDED).package, CONVERSION) if out else ""
     judged = score_texts(pairs.drop_duplicates(), score, name="judged", by=by, out=out, progress=progress)
     return pairs.merge(judged, on=["prompt", "text"], how="left").coherence.to_numpy()

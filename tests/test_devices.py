@@ -1,0 +1,180 @@
+"""Every notebook, cell by cell, on a machine with a GPU: what lies on the GPU never meets what lies on the CPU."""
+
+import copy
+import dataclasses
+import functools
+from pathlib import Path
+
+import cells
+import devices
+import jaxtyping
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from steerkit import approximator, effects, models, published, run, trial
+from steerkit.judges import coherence
+
+PROJECT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+KEPT = (0, 1, 13, 14, 29)  # blocks that still compute: enough for every path, a sixth of the time
+
+
+# --- the emulation follows torch's rules -----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "inference"])
+def gpu(request):
+    with devices.gpu(), torch.inference_mode(request.param):
+        yield torch.arange(6.0, device="cuda").view(2, 3)
+
+
+def test_a_tensor_says_where_it_is_and_what_is_made_of_it_stays_there(gpu):
+    assert torch.cuda.is_available() and gpu.is_cuda and gpu.device == torch.device("cuda", 0) and not gpu.cpu().is_cuda
+    made = [
+        gpu + 1,
+        gpu[0],
+        gpu.T,
+        gpu @ gpu.T,
+        gpu.half(),
+        gpu.new_zeros(2),
+        torch.ones_like(gpu),
+        gpu.sum(),
+        torch.cat([gpu, gpu]),
+        gpu.max(1).values,
+    ]
+    made += [
+        torch.ones(2).to("cuda"),
+        torch.ones(2).cuda(),
+        torch.tensor([1, 2], device="cuda"),
+        torch.ones(2, 3).to(gpu),
+        nn.Linear(3, 2).to("cuda")(gpu),
+    ]
+    assert all(t.device.type == "cuda" for t in made)
+    assert all(t.device.type == "cpu" for t in (gpu.cpu(), gpu.to("cpu"), gpu.to(torch.ones(1)), torch.ones(2)))
+    torch.testing.assert_close((gpu @ gpu.T).cpu(), torch.tensor([[5.0, 14.0], [14.0, 50.0]]))
+    assert gpu.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]] and float(gpu.sum()) == 15 and f"{gpu[1, 2]:.1f}" == "5.0"
+
+
+def test_tensors_of_two_devices_do_not_mix_but_a_single_number_may_join(gpu):
+    near = torch.ones(2, 3)
+    for mix in (
+        lambda: gpu + near,
+        lambda: gpu @ near.T,
+        lambda: torch.cat([gpu, near]),
+        lambda: torch.equal(gpu, near),
+        lambda: torch.isin(gpu, near),
+        lambda: torch.where(near > 0, gpu, 0.0),
+        lambda: near * gpu[0, 0],
+        lambda: nn.functional.embedding(torch.tensor([0]), gpu),
+        lambda: near.index_select(0, torch.tensor([0], device="cuda")),
+    ):
+        with pytest.raises(RuntimeError, match="same device"):
+            mix()
+    assert ((gpu * torch.tensor(2.0)).device, (gpu * 2).device) == (gpu.device, gpu.device)
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.rand(2, device="cuda", generator=torch.Generator())
+
+
+def test_a_cpu_index_reads_the_gpu_and_not_the_other_way_round(gpu):
+    assert gpu[torch.tensor([1])].tolist() == [[3.0, 4.0, 5.0]] and gpu[gpu > 4].device.type == "cuda"
+    for index in (torch.tensor([0], device="cuda"), torch.tensor([True, False], device="cuda")):
+        with pytest.raises(RuntimeError, match="indices should be either on cpu"):
+            torch.ones(2, 3)[index]
+
+
+def test_copies_between_devices_are_asked_for(gpu):
+    for read in (lambda: gpu.numpy(), lambda: np.asarray(gpu)):
+        with pytest.raises(TypeError, match=r"can't convert cuda:0 device type tensor to numpy"):
+            read()
+    near, far = torch.zeros(2, 3), torch.zeros(2, 3, device="cuda")
+    near[:], far[0] = gpu, torch.ones(3)
+    assert near.device.type == "cpu" and near.tolist() == gpu.tolist() and far.tolist() == [[1.0] * 3, [0.0] * 3]
+    far += gpu
+    assert far.device.type == "cuda" and far[1].tolist() == [3.0, 4.0, 5.0]
+
+
+def test_gradients_stay_on_the_gpu_and_are_those_of_the_cpu():
+    x = torch.randn(1, 2, 4, 8)
+    near = x.clone().requires_grad_()
+    nn.functional.scaled_dot_product_attention(near, near, near).square().sum().backward()
+    with devices.gpu():
+        far = x.to("cuda").requires_grad_()
+        nn.functional.scaled_dot_product_attention(far, far, far).square().sum().backward()
+        layer = nn.Linear(8, 1).to("cuda")
+        optimiser = torch.optim.Adam(layer.parameters(), fused=True)
+        layer(far.detach()).sum().backward()
+        optimiser.step()
+        assert far.grad.device.type == layer.weight.grad.device.type == "cuda"
+        torch.testing.assert_close(far.grad.cpu(), near.grad)
+    assert not torch.cuda.is_available() and not torch.ones(1).is_cuda
+
+
+# --- the notebooks ---------------------------------------------------------------------------------------------------
+
+
+class Through(nn.Module):
+    """A block that adds nothing."""
+
+    def forward(self, hidden_states, *_args, **_kwargs):
+        return hidden_states
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The embedded model and its tokenizer, most blocks emptied: the paths are what is tested, not the texts."""
+    model, tokenizer = models.load_model(models.preset("smollm2-135m"), device="cpu")
+    for at in set(range(len(model.model.layers))) - set(KEPT):
+        model.model.layers[at] = Through()
+    return model, tokenizer
+
+
+@pytest.fixture
+def on_gpu(small, monkeypatch):
+    """A GPU, and `models.open` with the small model on it; ridge fits without cross-validation."""
+    real, coin = trial._graded, np.random.default_rng(0)
+    quick = functools.partial(approximator.fit_ridge, penalties=(1.0,))
+
+    def load(_spec, *, device="auto", dtype=None):
+        return copy.deepcopy(small[0]).to("cuda" if device == "auto" else device), small[1]
+
+    def graded(task, texts, questions):  # so that there are features to select
+        rows, grader = real(task, texts, questions)
+        return rows.assign(correct=coin.integers(2, size=len(rows))), grader
+
+    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr(models, "_bridge", lambda *_: None)
+    monkeypatch.setattr(models, "self_check", lambda *_: [])
+    monkeypatch.setattr(trial, "_graded", graded)
+    text_features = effects.text_features
+
+    def few(*args, scheme, **settings):
+        return text_features(*args, scheme=dataclasses.replace(scheme, prompts=scheme.prompts[3:5], length=8), **settings)
+
+    monkeypatch.setattr(effects, "text_features", few)
+    for module in (approximator, published):
+        monkeypatch.setattr(module, "fit_ridge", quick)
+    monkeypatch.setattr(plt, "show", lambda: None)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in a notebook, and faster
+    coherence.embedded_judge.cache_clear()
+    with devices.gpu():
+        yield
+    coherence.embedded_judge.cache_clear()
+    plt.close("all")
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_runs_on_a_gpu(path, on_gpu, tmp_path):
+    plt.switch_backend("Agg")
+    job = run.jobs("smoke")[path.stem]
+    given = dict(job.given) | {"out_dir": str(tmp_path / "out"), "figures_dir": str(tmp_path / "figures")}
+    if path.stem == "07_corrsteer":
+        given |= {"lora_epochs": 0.2}  # smoke leaves fine-tuning out
+    space = cells.run_cells(path, run.check_parameters(run.parameters(nbformat.read(path, 4)), given))
+    used = space.get("model")
+    assert used is None or next(used.parameters()).is_cuda
+    assert list((tmp_path / "figures").rglob("*.png")) and (tmp_path / "out" / "results.json").exists()
