@@ -98,7 +98,9 @@ def reconstruction(sae: nn.Module, x: Float[Tensor, "n d_model"]) -> dict[str, f
     return {"fvu": missed / total, "l0": active / len(x), "dead": float((fired == 0).float().mean()), "density": (fired / len(x)).cpu()}
 
 
-def survey(model, tokenizer, sae: JumpReLU, block: Block, source_of: dict[int, int], texts: dict[str, list[list[Tensor]]], card: Path) -> dict:
+def survey(
+    model, tokenizer, sae: JumpReLU, block: Block, source_of: dict[int, int], texts: dict[str, list[list[Tensor]]], card: Path
+) -> dict:
     """Return one SAE's row of the table; its feature card is written to `card` on the way."""
     x = block.acts[sae.layer].float()
     row = reconstruction(sae, x)
