@@ -231,7 +231,7 @@ def test_the_recipe_measures_ships_and_resumes(tmp_path, monkeypatch):
     """The command end to end on a planted model: blocks, repeats, the shipped files, and nothing measured twice."""
     spec = types.SimpleNamespace(name="tiny", primary_layer=1, outlier=1e9, sae_set=lambda: None)
     monkeypatch.setattr(M, "preset", lambda name: spec)
-    monkeypatch.setattr(M, "load_model", lambda spec, dtype: (tiny.model("llama"), tiny.tokenizer()))
+    monkeypatch.setattr(M, "load_model", lambda spec, device, dtype: (tiny.model("llama"), tiny.tokenizer()))
     monkeypatch.setattr(M, "load_sae", lambda *a, **k: tiny.planted_sae())
     real = M.training_vectors
     monkeypatch.setattr(M, "training_vectors", lambda W: real(W, n_held=4))
@@ -266,7 +266,7 @@ def planted_recipe(monkeypatch, tmp_path):
     """The command on a planted model, calibrated to scales that follow the rise asked for."""
     spec = types.SimpleNamespace(name="tiny", primary_layer=1, outlier=1e9, sae_set=lambda: None)
     monkeypatch.setattr(M, "preset", lambda name: spec)
-    monkeypatch.setattr(M, "load_model", lambda spec, dtype: (tiny.model("llama"), tiny.tokenizer()))
+    monkeypatch.setattr(M, "load_model", lambda spec, device, dtype: (tiny.model("llama"), tiny.tokenizer()))
     monkeypatch.setattr(M, "load_sae", lambda *a, **k: tiny.planted_sae())
     real = M.training_vectors
     monkeypatch.setattr(M, "training_vectors", lambda W: real(W, n_held=1))
