@@ -125,8 +125,9 @@ def eager() -> AbstractContextManager:
 def attached(model: nn.Module, steering: "Steering") -> Iterator["Steering"]:
     """Hang the hooks of `steering` on `model` while the context is open."""
     check_edits(model, steering.edits)
-    blocks = residual_blocks(model)
-    steering.edits = [on(edit, next(blocks[edit.layer].parameters()).device) for edit in steering.edits]  # once, not at every call
+    blocks, embedding = residual_blocks(model), model.get_input_embeddings().weight
+    where = [next(blocks[edit.layer].parameters(), embedding).device for edit in steering.edits]
+    steering.edits = [on(edit, device) for edit, device in zip(steering.edits, where)]  # once, not at every call
     with ExitStack() as stack:
         stack.enter_context(eager())
         stack.callback(model.base_model.register_forward_pre_hook(steering.enter, with_kwargs=True).remove)

@@ -126,9 +126,10 @@ def test_fine_tuning_teaches_a_model_to_end_its_turn():
     tok.chat_template, turn = TEMPLATE, tok("~", add_special_tokens=False)["input_ids"][0]
     model.generation_config.eos_token_id = [tok.eos_token_id, turn]
     asked = [question(p) for p in ("Which?", "Who?", "When?", "Where?")]
-    tuned = lora(model, tok, asked, chat=True, epochs=12, lr=3e-2, batch_size=4, rank=16, progress=False)
     settings = {"chat": True, "temperature": 0.0, "max_new_tokens": 6, "progress": False}
-    frame = generate(tuned, tok, [q.prompt for q in asked], stop=stop_tokens(tok, model), keep_stop=True, **settings)
+    with lora(model, tok, asked, chat=True, epochs=12, lr=3e-2, batch_size=4, rank=16, progress=False):
+        frame = generate(model, tok, [q.prompt for q in asked], stop=stop_tokens(tok, model), keep_stop=True, **settings)
     assert frame.text.tolist() == ["A~"] * 4
     silent, tok = endless()
-    lora(silent, tok, asked, epochs=1, progress=False)  # nothing to end with: the answer alone is learned
+    with lora(silent, tok, asked, epochs=1, progress=False):
+        pass  # nothing to end with: the answer alone is learned
