@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import types
 from pathlib import Path
 
 import cells
@@ -11,11 +12,13 @@ import jaxtyping
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
+import tiny
 import torch
 from torch import nn
 
-from steerkit import approximator, effects, models, published, run, trial
+from steerkit import approximator, effects, measure_effects, models, published, run, trial
 from steerkit.judges import coherence
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -111,6 +114,23 @@ def test_gradients_stay_on_the_gpu_and_are_those_of_the_cpu():
         assert far.grad.device.type == layer.weight.grad.device.type == "cuda"
         torch.testing.assert_close(far.grad.cpu(), near.grad)
     assert not torch.cuda.is_available() and not torch.ones(1).is_cuda
+
+
+def test_the_recipe_of_effects_runs_on_a_gpu(tmp_path, monkeypatch):
+    """The command end to end, its calibration included; what it ships is read on a machine without one."""
+    spec = types.SimpleNamespace(name="tiny", primary_layer=1, outlier=1e9, sae_set=lambda: None)
+    rows = measure_effects.training_vectors
+    monkeypatch.setattr(measure_effects, "preset", lambda name: spec)
+    monkeypatch.setattr(measure_effects, "load_model", lambda *_, **__: (tiny.model("llama").to("cuda"), tiny.tokenizer()))
+    monkeypatch.setattr(measure_effects, "load_sae", lambda *_, **__: tiny.planted_sae().to("cuda"))
+    monkeypatch.setattr(measure_effects, "training_vectors", lambda W: rows(W, n_held=4))
+    monkeypatch.setattr(measure_effects, "budget", lambda *_, **__: pd.DataFrame({"prompts": [2]}))
+    monkeypatch.setattr(effects.Scheme.__init__, "__defaults__", (("", "ab"), 1, 8, effects.SAMPLING, "ordinary", 10.0))
+    with devices.gpu():
+        call = ["--out", str(tmp_path / "parts"), "--ship", str(tmp_path / "e.safetensors"), "--first", "12", "--block", "12"]
+        measure_effects.main([*call, "--rise", "0.01"])
+    found, about = effects.load(tmp_path / "e.safetensors", rows(tiny.planted_sae().W_dec, n_held=4)[0])
+    assert len(found.scales) == 12 and (found.scales >= 1).all() and found.effects.isfinite().all() and about["preset"] == "tiny"
 
 
 # --- the notebooks ---------------------------------------------------------------------------------------------------
