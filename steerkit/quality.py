@@ -148,12 +148,14 @@ def describe(
     path: str | Path,
     *,
     owners: Sequence[Tensor] | None = None,
+    source_of: Mapping[int, int] | None = None,
     k: int = 5,
 ) -> Path:
     """Write each feature's density and its k top-activating contexts (token ids and peak value) to a safetensors file.
 
     acts ([tokens, d_model]), tokens ([tokens]) and owners (the number of each token's document) come in the same pieces, in
-    reading order. Ids are stored as uint16 where they fit; the last id value marks a place beyond the text.
+    reading order; source_of gives each document's source. Both are stored beside each context where they are known, -1 for none.
+    Ids are stored as uint16 where they fit; the last id value marks a place beyond the text.
     """
     fired, n, best = torch.zeros(sae.W_dec.shape[0]), 0, None
     for x, t, owner in zip(acts, tokens, owners or [torch.full_like(t, -1) for t in tokens]):
@@ -168,6 +170,8 @@ def describe(
     small = int(ids.max()) < 65535
     ids = torch.where(ids < 0, 65535 if small else -1, ids).to(torch.uint16 if small else torch.int32)
     card = {"density": fired / n, "contexts": ids, "peaks": peaks.half()} | ({"documents": documents.int()} if owners else {})
+    if source_of:
+        card["sources"] = torch.tensor([source_of.get(d, -1) for d in documents.flatten().tolist()]).view_as(documents).short()
     return write_atomic(path, to_bytes(card, {"tokens": str(n)}))
 
 

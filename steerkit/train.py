@@ -159,10 +159,12 @@ def make(model, tokenizer, dataset: str, recipe: Recipe, work: Path, out: Path, 
     folders = []
     for name, one in recipe.named.items():
         acts, about = first.acts[one.layer], {"dataset": Path(dataset).name}
-        folder = export(weights[name], out / name, layer=one.layer, recipe=recipe, acts=acts[:20_000], metadata=about)
+        folder = export(
+            weights[name], out / name, layer=one.layer, recipe=recipe, acts=acts[:20_000], metadata=about | {"sources": stream.sources}
+        )
         sae = JumpReLU(folder, model.device)
         pieces, ids, owners = (x.split(16384) for x in (acts, first.ids, first.owner))
-        describe(sae, pieces, ids, folder / "features.safetensors", owners=owners)
+        describe(sae, pieces, ids, folder / "features.safetensors", owners=owners, source_of=stream.source_of)
         folders.append(folder)
     return folders
 

@@ -257,9 +257,10 @@ def test_feature_cards_name_the_planted_peaks(tmp_path):
     x[150, 7], x[40, 7] = 9.0, 8.0
     owners = torch.arange(300) // 50
     pieces = ([t[:100], t[100:]] for t in (x, ids, owners))
-    card = describe(sae, next(pieces), next(pieces), tmp_path / "features.safetensors", owners=next(pieces), k=2)
+    card = describe(sae, next(pieces), next(pieces), tmp_path / "features.safetensors", owners=next(pieces), source_of={0: 4, 3: 1}, k=2)
     stored = load_file(card)
     assert stored["peaks"][7].tolist() == [9.0, 8.0] and stored["documents"][7].tolist() == [3, 0]
+    assert stored["sources"][7].tolist() == [1, 4]
     assert stored["contexts"][7, 0, 8].item() == ids[150].item()
     assert stored["contexts"][7, 1].to(torch.int64).tolist() == ids[32:43].tolist()
     np.testing.assert_allclose(stored["density"][:D], (x > 0).float().mean(0))
