@@ -22,7 +22,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export PYTHONUNBUFFERED := 1
 # as in steerkit/__init__.py, for what loads torch first
 export OMP_WAIT_POLICY ?= PASSIVE
-export GOMP_SPINCOUNT ?= 1000
+export GOMP_SPINCOUNT ?= 5000
 
 .PHONY: help named planned reproduce model test lab bench publish lint clean
 .NOTPARALLEL:

@@ -82,5 +82,5 @@ def test_threads_sleep_at_barriers_unless_told_otherwise(mine):
     code = "import steerkit, os; print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | mine
     said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.split()
-    expected = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} if "OMP_WAIT_POLICY" not in mine else {"GOMP_SPINCOUNT": "None"}
+    expected = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"} if "OMP_WAIT_POLICY" not in mine else {"GOMP_SPINCOUNT": "None"}
     assert said == list(({"OMP_WAIT_POLICY": "PASSIVE", **expected} | mine).values())
