@@ -1,6 +1,7 @@
 """Shared fixtures. While tests run, jaxtyping and beartype check the shapes and types of steerkit (pyproject.toml)."""
 
 import functools
+import os
 import random
 from pathlib import Path
 
@@ -8,6 +9,10 @@ import numpy as np
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+# `make test` leaves these to us, and a make that a test calls would take its options and its VENV from them.
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):
+    os.environ.pop(name, None)
 
 
 @functools.cache
