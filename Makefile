@@ -11,7 +11,7 @@ TEST_ARGS      ?=
 
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.ready
-RUN   := $(PY) -m steerkit.run
+RUN   := $(PY) -m steerkit.book.run
 GRAPH := $(PY) -m snakemake --snakefile Snakefile --directory $(PROJECT) --cores $(JOBS) --keep-going --rerun-incomplete \
          --rerun-triggers input --nolock $(if $(SNAKEMAKE_ARGS),,--quiet all) --config scale=$(SCALE).yaml $(if $(NOTEBOOK),notebook=$(NOTEBOOK).ipynb)
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python)
@@ -50,7 +50,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 model: $(READY)
-	@$(PY) -m steerkit.fetch
+	@$(PY) -m steerkit.models.fetch
 
 # Before anything is set up or fetched, with nothing but the shell; `status` says more, before the model is fetched.
 named:

@@ -2,11 +2,11 @@
 #   snakemake --cores 2 --config scale=laptop
 #   snakemake --config scale=full --executor slurm --jobs 20 --default-resources ...
 # What has to run is decided by content, not by times: each finished run leaves an empty file named after a hash of what
-# determines it (notebook, parameters, steerkit/, data/, requirements.lock, the notebooks it needs; steerkit/jobs.py).
+# determines it (notebook, parameters, steerkit/, data/, requirements.lock, the notebooks it needs; steerkit/book/jobs.py).
 import sys
 from pathlib import Path
 
-from steerkit.jobs import jobs, select
+from steerkit.book.jobs import jobs, select
 
 # Snakemake reads 007 and 2026_11 as numbers, file names never.
 SCALE, NOTEBOOK = config.get("scale", "laptop"), config.get("notebook", "")
@@ -36,4 +36,4 @@ for job in JOBS.values():
             key=job.key,
         threads: 2
         shell:
-            "{params.python:q} -m steerkit.run notebook {params.notebook:q} --scale {params.scale:q} --key {params.key} --root ."
+            "{params.python:q} -m steerkit.book.run notebook {params.notebook:q} --scale {params.scale:q} --key {params.key} --root ."

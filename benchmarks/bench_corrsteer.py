@@ -7,12 +7,12 @@ import statistics
 import torch
 from bench_generate import device_line, rates_by_round, write_table
 
-from steerkit import models
-from steerkit.correlation import Correlation
-from steerkit.decode import Sampling, decode
-from steerkit.generate import prompt_ids
-from steerkit.hooks import residual_blocks
-from steerkit.pooling import pool_generations
+from steerkit.engine.decode import Sampling, decode
+from steerkit.engine.generate import prompt_ids
+from steerkit.engine.steer import residual_blocks
+from steerkit.methods.corrsteer.correlation import Correlation
+from steerkit.methods.corrsteer.pooling import pool_generations
+from steerkit.models import lab as models
 
 
 def questions(n: int) -> list[str]:

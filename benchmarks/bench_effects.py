@@ -6,11 +6,11 @@ import time
 import torch
 from bench_generate import device_line, rates_by_round, write_table
 
-from steerkit import models
-from steerkit.approximator import agreement, fit_adam, fit_ridge
-from steerkit.effects import PROMPTS, Scheme, load, text_features, training_vectors
 from steerkit.features import residuals
-from steerkit.paths import DATA
+from steerkit.files import DATA
+from steerkit.methods.sae_ts.approximator import agreement, fit_adam, fit_ridge
+from steerkit.methods.sae_ts.effects import PROMPTS, Scheme, load, text_features, training_vectors
+from steerkit.models import lab as models
 
 
 def released_scheme(loaded, sae, vectors, scale: float, *, layer: int, samples: int):
@@ -50,7 +50,7 @@ def table(loaded, *, n: int, slow: int, samples: int, rounds: int) -> list[str]:
     ratios = sorted(a / b for a, b in zip(ours, theirs))
     middle, low, high = len(ratios) // 2, ratios[0], ratios[-1]
     return [
-        f"| steerkit.effects, {samples} a prompt | {sorted(ours)[middle]:.3g} | |",
+        f"| steerkit.methods.sae_ts.effects, {samples} a prompt | {sorted(ours)[middle]:.3g} | |",
         f"| released scheme, {samples} a prompt | {sorted(theirs)[middle]:.3g} | {ratios[middle]:.1f} ({low:.1f} to {high:.1f}) |",
     ]
 

@@ -8,11 +8,11 @@ import time
 
 import torch
 
-from steerkit import models
-from steerkit.generate import Arm, generate
-from steerkit.hooks import Add, steering
-from steerkit.paths import ROOT, write_atomic
-from steerkit.report import _device
+from steerkit.book.report import _device
+from steerkit.engine.generate import Arm, generate
+from steerkit.engine.steer import Add, steering
+from steerkit.files import ROOT, write_atomic
+from steerkit.models import lab as models
 
 MARK = "<!-- table: {} -->"
 
@@ -83,7 +83,7 @@ def contenders(loaded, *, batch: int, new: int):
         model(input_ids=plain, use_cache=False)
 
     return {
-        "steerkit.generate": ours,
+        "steerkit.engine.generate": ours,
         "(a) TransformerBridge.generate, run-time hook": bridge_generate,
         "(a) the same, 8 vectors and an eighth of the batch for each": bridge_by_vector,
         "(b) Hugging Face generate, plain hook": hf_generate,
@@ -95,7 +95,7 @@ def table(loaded, *, batch: int, new: int, rounds: int) -> list[str]:
     """Return the rows of the table; a ratio is the median over rounds of the ratio within a round."""
     synchronize = torch.cuda.synchronize if loaded.hf.device.type == "cuda" else lambda: None
     rates = rates_by_round(contenders(loaded, batch=batch, new=new), batch * new, rounds=rounds, synchronize=synchronize)
-    ours = rates["steerkit.generate"]
+    ours = rates["steerkit.engine.generate"]
     rows = ["| what | tokens/s | steerkit / this, median (lowest to highest) |", "|---|---|---|"]
     for name, rate in rates.items():
         ratios = [a / b for a, b in zip(ours, rate)]

@@ -6,11 +6,11 @@ import statistics
 import torch
 from bench_generate import device_line, rates_by_round, write_table
 
-from steerkit import models
-from steerkit.generate import prompt_ids
-from steerkit.hooks import residual_blocks
-from steerkit.output_scores import PROMPT, lens_tokens, output_scores
-from steerkit.packed import packed_linears
+from steerkit.engine.generate import prompt_ids
+from steerkit.engine.packed import packed_linears
+from steerkit.engine.steer import residual_blocks
+from steerkit.methods.output_scores.score import PROMPT, lens_tokens, output_scores
+from steerkit.models import lab as models
 
 
 def released_loop(loaded, sae, lens, *, layer: int, slow: int):
@@ -69,7 +69,7 @@ def main() -> None:
         settings = {"layer": layer, "lens": lens, "batch_size": args.batch}
         ceiling = products(loaded, layer=layer, batch=args.batch)
         calls = {
-            "steerkit.output_scores": lambda s=settings, e=sae: output_scores(
+            "steerkit.methods.output_scores.score": lambda s=settings, e=sae: output_scores(
                 loaded.hf, loaded.tokenizer, e, range(args.features), **s
             ),
             "one forward pass a feature": lambda e=sae, t=lens, at=layer: released_loop(loaded, e, t.tolist(), layer=at, slow=args.slow),
@@ -79,7 +79,7 @@ def main() -> None:
         found = rates_by_round(calls, 1, rounds=args.rounds, synchronize=synchronize)
         done = {name: args.slow if "pass" in name else args.features for name in calls}
         rates = {name: [r * done[name] for r in each] for name, each in found.items()}
-        ours = rates["steerkit.output_scores"]
+        ours = rates["steerkit.methods.output_scores.score"]
         for name, each in rates.items():
             ratios = [a / b for a, b in zip(ours, each)]
             ratio = "" if each is ours else f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -90,8 +90,8 @@ def main() -> None:
 
 def _agreement(loaded, layer: int) -> str:
     """Return how far the scores are from those of a plain steered pass, so that the speed is that of the right numbers."""
-    from steerkit.hooks import Boost, steering
-    from steerkit.output_scores import rank_weighted
+    from steerkit.engine.steer import Boost, steering
+    from steerkit.methods.output_scores.score import rank_weighted
 
     sae, worst = loaded.sae(layer), 0.0
     lens = lens_tokens(loaded.hf, sae.W_dec[:16])

@@ -6,13 +6,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from steerkit.hooks import eager, residual_blocks
+from steerkit.engine.memory import halving
+from steerkit.engine.packed import packed_linears
+from steerkit.engine.steer import eager, residual_blocks
+from steerkit.engine.tokens import text_ids
 from steerkit.inputs import strings, tensor
-from steerkit.memory import halving
-from steerkit.packed import packed_linears
-from steerkit.tokens import text_ids
-
-LOGITS = 2**28  # that exist together: 1 GiB in float32
 
 
 class _Stop(Exception):
@@ -55,32 +53,6 @@ def residuals(
         for handle in handles:
             handle.remove()
     return {layer: found[layer] for layer in layers}
-
-
-def forward_losses(model: nn.Module, ids: Int[Tensor, "batch pos"], **inputs) -> Float[Tensor, "batch next"]:
-    """Return `next_token_losses` of a forward call, never with more than `LOGITS` logits at a time.
-
-    64 rows of 300 tokens have 5 billion logits where the vocabulary has 256,000 tokens: 30 GB with their float32 copy.
-    """
-    at_once = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
-    if ids.numel() <= at_once:
-        return next_token_losses(model(input_ids=ids, use_cache=False, **inputs).logits, ids)
-    hidden = model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state[:, :-1].flatten(0, 1)
-    parts = zip(hidden.split(at_once), ids[:, 1:].flatten().split(at_once))
-    losses = [nn.functional.cross_entropy(_logits(model, some).float(), next_ids, reduction="none") for some, next_ids in parts]
-    return torch.cat(losses).view(len(ids), -1)
-
-
-def _logits(model: nn.Module, hidden: Float[Tensor, "some d_model"]) -> Float[Tensor, "some vocab"]:
-    """Return the model's logits from behind its final norm; Gemma 2 caps them."""
-    logits, cap = model.get_output_embeddings()(hidden), getattr(model.config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
-
-
-def next_token_losses(logits: Float[Tensor, "batch pos vocab"], ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch next"]:
-    """Return -log p(t_i | t_<i) in nats for every token but the first, in float32; pos - 1 = next numbers a row."""
-    flat = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-    return flat.view(len(ids), -1)
 
 
 def ordinary_positions(

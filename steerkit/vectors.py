@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from steerkit.edits import Ablate, Add
+from steerkit.engine.edits import Ablate, Add
 from steerkit.features import ordinary_positions, residuals, token_batches
+from steerkit.files import write_atomic
 from steerkit.inputs import Array, Number, Whole, jsonable, number, strings, tensor, whole
-from steerkit.paths import write_atomic
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from steerkit.approximator import (
+from steerkit.methods.sae_ts.approximator import (
     Approximator,
     agreement,
     aim,

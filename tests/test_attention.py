@@ -5,9 +5,9 @@ import pytest
 import tiny
 import torch
 
-from steerkit import attention
-from steerkit.attention import grouped_attention, one_token
-from steerkit.decode import Sampling, decode
+from steerkit.engine import attention
+from steerkit.engine.attention import grouped_attention, one_token
+from steerkit.engine.decode import Sampling, decode
 
 
 def oracle(q, k, v, mask, scaling):
@@ -45,7 +45,7 @@ def test_a_decode_in_bfloat16_reads_the_same_model(kind, monkeypatch):
     assert again == exact and not used, "float32 keeps torch's kernel"
     low = model.to(torch.bfloat16)
     fast = [c.tokens for c in decode(low, prompts, [], **settings)]
-    monkeypatch.setattr("steerkit.decode.grouped_attention", lambda model: torch.inference_mode())
+    monkeypatch.setattr("steerkit.engine.decode.grouped_attention", lambda model: torch.inference_mode())
     count = len(used)
     plain = [c.tokens for c in decode(low, prompts, [], **settings)]
     assert count and len(used) == count, "bfloat16 reads one token by groups, and the reference run does not"

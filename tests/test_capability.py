@@ -10,10 +10,10 @@ import pytest
 import tiny
 import torch
 
-from steerkit.capability import COLUMNS, chooses_right, minimal_pairs, perplexity_ratio, prefers_good, steered_losses
-from steerkit.features import next_token_losses
-from steerkit.hooks import Add, residual_blocks, steering
+from steerkit.engine.losses import next_token_losses
+from steerkit.engine.steer import Add, residual_blocks, steering
 from steerkit.questions import Question
+from steerkit.scores.capability import COLUMNS, chooses_right, minimal_pairs, perplexity_ratio, prefers_good, steered_losses
 
 TEXTS = ["a much longer text than the others", "b", "four words of text", "An ordinary sentence.", "xy"]
 SCALES = [0.0, 4.0, 12.0]

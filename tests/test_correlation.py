@@ -6,8 +6,8 @@ import torch
 from scipy import integrate, sparse, stats
 from sklearn.metrics import mutual_info_score
 
-from steerkit.correlation import EDGES, Correlation
-from steerkit.nulls import curve_weights, permutation_null, permutations, resampled_r, shuffled
+from steerkit.methods.corrsteer.correlation import EDGES, Correlation
+from steerkit.methods.corrsteer.nulls import curve_weights, permutation_null, permutations, resampled_r, shuffled
 
 
 def sample(seed: int, n: int = 60, d: int = 7):

@@ -5,12 +5,12 @@ import pytest
 import tiny
 import torch
 
-from steerkit.correlation import Correlation
-from steerkit.corrsteer import Pick, arm, edits, random_features, rank, select, ser
+from steerkit.engine.generate import BASELINE, generate
+from steerkit.engine.steer import residual_blocks, steering
 from steerkit.features import residuals
-from steerkit.generate import BASELINE, generate
-from steerkit.hooks import residual_blocks, steering
-from steerkit.pooling import Raw
+from steerkit.methods.corrsteer.correlation import Correlation
+from steerkit.methods.corrsteer.pooling import Raw
+from steerkit.methods.corrsteer.select import Pick, arm, edits, random_features, rank, select, ser
 
 D = tiny.D_MODEL
 

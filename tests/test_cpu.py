@@ -8,10 +8,13 @@ import pytest
 import tiny
 import torch
 
-from steerkit import cpu, harvest, models, packed
-from steerkit.features import next_token_losses, token_batches
-from steerkit.paths import DATA
-from steerkit.selfcheck import measure
+from steerkit.engine import cpu, packed
+from steerkit.engine.losses import next_token_losses
+from steerkit.features import token_batches
+from steerkit.files import DATA
+from steerkit.models import lab as models
+from steerkit.models.check import measure
+from steerkit.training import harvest
 
 
 @pytest.fixture(params=[True, False], ids=["native", "emulated"])

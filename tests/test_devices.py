@@ -18,8 +18,13 @@ import tiny
 import torch
 from torch import nn
 
-from steerkit import approximator, effects, measure_effects, models, published, run, trial
+from recipes import effects as measure_effects
+from steerkit.book import run
 from steerkit.judges import coherence
+from steerkit.methods.corrsteer import experiment as trial
+from steerkit.methods.sae_ts import approximator, effects
+from steerkit.methods.sae_ts import files as published
+from steerkit.models import lab as models
 
 PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))

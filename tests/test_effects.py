@@ -8,13 +8,14 @@ import pytest
 import tiny
 import torch
 
-from steerkit import effects as E
-from steerkit import measure_effects as M
-from steerkit.calibration import calibrate, solve_scale
-from steerkit.effects import PROMPTS, PROMPTS_13, Effects, Scheme, measure, text_features
-from steerkit.features import next_token_losses, residuals
-from steerkit.generate import Arm, generate
-from steerkit.hooks import Add, steering
+from recipes import effects as M
+from steerkit.engine.generate import Arm, generate
+from steerkit.engine.losses import next_token_losses
+from steerkit.engine.steer import Add, steering
+from steerkit.features import residuals
+from steerkit.methods.sae_ts import effects as E
+from steerkit.methods.sae_ts.calibrate import calibrate, solve_scale
+from steerkit.methods.sae_ts.effects import PROMPTS, PROMPTS_13, Effects, Scheme, measure, text_features
 
 SHORT = Scheme(prompts=("", "ab", "xyz"), length=10)
 
@@ -98,7 +99,7 @@ def test_means_equal_a_plain_loop(positions):
 
 def _one(model, start, vector, scale, row, n):
     """One rollout by the plainest route: full forward passes, no cache, noise of that row."""
-    from steerkit.decode import draw, uniforms
+    from steerkit.engine.decode import draw, uniforms
 
     noise, ids = torch.from_numpy(uniforms(0, [row], n)), list(start)
     for step in range(n):

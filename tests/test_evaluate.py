@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
-import steerkit.evaluate as V
-from steerkit.evaluate import Protocol, agreement, best_scale, compare, curves, load_scores, peaks, product, save_scores, sweep
+import steerkit.scores.bcs as V
+from steerkit.scores.bcs import Protocol, agreement, best_scale, compare, curves, load_scores, peaks, product, save_scores, sweep
 from steerkit.vectors import SteeringVector
 
 

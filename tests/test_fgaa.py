@@ -4,10 +4,10 @@ import pytest
 import tiny
 import torch
 
-from steerkit import fgaa
-from steerkit.approximator import Approximator, aim
-from steerkit.approximator import target as one_feature
 from steerkit.features import feature_means
+from steerkit.methods import fgaa
+from steerkit.methods.sae_ts.approximator import Approximator, aim
+from steerkit.methods.sae_ts.approximator import target as one_feature
 
 PLACE = {"layer": 1, "preset": "none"}
 NONE = torch.zeros(6)

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from steerkit.journal import Journal, score_texts
-from steerkit.paths import shipped, write_atomic, write_table
+from steerkit.files import shipped, write_atomic, write_table
+from steerkit.store import Journal, score_texts
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):

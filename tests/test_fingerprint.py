@@ -7,10 +7,10 @@ import pytest
 import tiny
 import torch
 
-from steerkit.decode import Sampling
-from steerkit.fingerprint import fingerprint
-from steerkit.hooks import Add
-from steerkit.pooling import Raw
+from steerkit.engine.decode import Sampling
+from steerkit.engine.steer import Add
+from steerkit.methods.corrsteer.pooling import Raw
+from steerkit.store import fingerprint
 
 
 def test_equal_things_have_equal_keys():

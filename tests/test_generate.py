@@ -9,13 +9,13 @@ import pytest
 import tiny
 import torch
 
-import steerkit.generate as G
-from steerkit.decode import Sampling, draw, uniforms
-from steerkit.generate import BASELINE, Arm, generate, grid, prompt_ids, stack
-from steerkit.hooks import Ablate, Add, Boost, steering
-from steerkit.journal import Journal
-from steerkit.packed import packed_encode, packed_linears
-from steerkit.tokens import stop_tokens
+import steerkit.engine.generate as G
+from steerkit.engine.decode import Sampling, draw, uniforms
+from steerkit.engine.generate import BASELINE, Arm, generate, grid, prompt_ids, stack
+from steerkit.engine.packed import packed_encode, packed_linears
+from steerkit.engine.steer import Ablate, Add, Boost, steering
+from steerkit.engine.tokens import stop_tokens
+from steerkit.store import Journal
 from steerkit.vectors import SteeringVector, sae_row
 
 D = tiny.D_MODEL

@@ -9,9 +9,9 @@ import pytest
 import tiny
 import torch
 
-from steerkit.features import next_token_losses, residuals
-from steerkit.hooks import Ablate, Add, Boost, bridge_hooks, real_tokens, residual_blocks, selected_positions, steering
-from steerkit.partial import steered_token_losses
+from steerkit.engine.losses import next_token_losses, steered_token_losses
+from steerkit.engine.steer import Ablate, Add, Boost, bridge_hooks, real_tokens, residual_blocks, selected_positions, steering
+from steerkit.features import residuals
 from steerkit.vectors import SteeringVector
 
 KINDS = ["llama", "gemma2", "gemma3", "qwen3", "gpt2", "gptneox"]
@@ -216,7 +216,7 @@ def test_receipt_renders_as_text_and_as_a_strip():
 )
 def test_bridge_hook_points_steer_the_same(kind, preset, monkeypatch, tmp_path):
     """`run_with_hooks` on a TransformerBridge over the same weights gives the same logits as the fast path."""
-    from steerkit import models
+    from steerkit.models import lab as models
 
     hub, spec = tiny.offline_hub(monkeypatch, tmp_path), models.preset(preset)
     hf, tok = tiny.put_model(hub, spec.hub, kind), tiny.tokenizer()

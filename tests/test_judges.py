@@ -9,8 +9,10 @@ import zlib
 import numpy as np
 import pytest
 
-from steerkit.judges import api, checked, coherence, concept, fit, fitting, refusal, rubrics
-from steerkit.tasks import Concept, concepts
+from recipes import judge_fitting as fitting
+from recipes import judges as fit
+from steerkit.concepts import Concept, concepts
+from steerkit.judges import api, checked, coherence, concept, refusal, rubrics
 
 
 def auroc_by_pairs(positive, negative) -> float:
@@ -247,7 +249,7 @@ def test_features_equal_plain_counting():
 
 @pytest.fixture(scope="module")
 def embedded():
-    from steerkit import models
+    from steerkit.models import lab as models
 
     opened = models.open("smollm2-135m", check=False)
     return opened.hf, opened.tokenizer

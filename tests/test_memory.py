@@ -4,9 +4,12 @@ import pytest
 import tiny
 import torch
 
-from steerkit import capability, effects, features, partial
+from steerkit import features
+from steerkit.engine import losses
+from steerkit.engine.memory import halving
 from steerkit.judges import coherence
-from steerkit.memory import halving
+from steerkit.methods.sae_ts import effects
+from steerkit.scores import capability
 
 KINDS = ["gemma2", "gemma3", "llama", "qwen3", "gpt2", "gptneox"]
 SHORT = [torch.OutOfMemoryError("pretend"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
@@ -39,11 +42,11 @@ def test_losses_in_chunks_are_those_of_the_models_own_logits(kind, monkeypatch):
     ids = torch.randint(3, tiny.VOCAB, (3, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = -model(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        torch.testing.assert_close(features.forward_losses(model, ids), expected)
-        monkeypatch.setattr(features, "LOGITS", 10 * tiny.VOCAB)
+        torch.testing.assert_close(losses.forward_losses(model, ids), expected)
+        monkeypatch.setattr(losses, "LOGITS", 10 * tiny.VOCAB)
         shapes, head = [], model.get_output_embeddings()
         handle = head.register_forward_hook(lambda _m, _i, out: shapes.append(out.numel()))
-        torch.testing.assert_close(features.forward_losses(model, ids), expected)
+        torch.testing.assert_close(losses.forward_losses(model, ids), expected)
         handle.remove()
     assert len(shapes) == 5 and max(shapes) <= 10 * tiny.VOCAB
 
@@ -62,7 +65,7 @@ def short_of_memory(monkeypatch, model, rows):
     return sizes
 
 
-def losses(model, tok, sae):
+def steered(model, tok, sae):
     vectors = torch.eye(tiny.D_MODEL)[:2]
     return torch.from_numpy(capability.steered_losses(model, tok, ["one text", "two"], vectors, [0.0, 3.0], layer=1, batch_size=8))
 
@@ -83,7 +86,7 @@ def judged(model, tok, sae):
     return torch.cat([torch.from_numpy(row) for row in coherence.token_losses(model, tok, rows)])
 
 
-@pytest.mark.parametrize("what", [losses, means, measured, judged], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("what", [steered, means, measured, judged], ids=lambda f: f.__name__)
 def test_what_does_not_fit_is_halved_and_gives_the_same_numbers(what, monkeypatch):
     model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
     whole = what(model, tok, sae)
@@ -97,5 +100,5 @@ def test_steps_come_in_order_when_they_are_halved(monkeypatch):
     ids = torch.tensor([[1, 5, 9, 7]])
     resid = features.residuals(model, ids, layers=[0])[0]
     short_of_memory(monkeypatch, model, 2)
-    found = list(partial.steered_token_losses(model, ids, resid, torch.eye(tiny.D_MODEL)[:5], layer=0, batch_size=5))
+    found = list(losses.steered_token_losses(model, ids, resid, torch.eye(tiny.D_MODEL)[:5], layer=0, batch_size=5))
     assert torch.cat([part for part, _ in found]).tolist() == [0, 1, 2, 3, 4]

@@ -10,11 +10,12 @@ import tiny
 import torch
 import yaml
 
-from steerkit import models, selfcheck
 from steerkit.features import ordinary_positions, residuals
-from steerkit.paths import DATA, ROOT
-from steerkit.presets import presets
-from steerkit.saes import centre_writing_weights
+from steerkit.files import DATA, ROOT
+from steerkit.models import check as selfcheck
+from steerkit.models import lab as models
+from steerkit.models.presets import presets
+from steerkit.models.saes import centre_writing_weights
 
 torch.set_num_threads(1)
 ARCHITECTURES = {  # preset -> (kind of tiny model, blocks so that the primary layer exists)

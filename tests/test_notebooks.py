@@ -8,7 +8,9 @@ import nbformat
 import pytest
 import yaml
 
-from steerkit import models, published, run
+from steerkit.book import run
+from steerkit.methods.sae_ts import files as published
+from steerkit.models import lab as models
 
 PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))

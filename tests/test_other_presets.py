@@ -9,19 +9,25 @@ import pytest
 import tiny
 import torch
 
-from steerkit import axbench, calibration, models, quality, run, score_features, trial
-from steerkit.generate import BASELINE
+from steerkit.book import run
+from steerkit.engine.generate import BASELINE
+from steerkit.files import ROOT
 from steerkit.judges import coherence
-from steerkit.paths import ROOT
+from steerkit.methods.corrsteer import experiment as trial
+from steerkit.methods.output_scores import score
+from steerkit.methods.sae_ts import calibrate as calibration
+from steerkit.models import lab as models
 from steerkit.questions import Task
+from steerkit.scores import axbench
+from steerkit.training import quality
 
 REFUSED = {
-    "03_feature_effects": (ValueError, r"gpt2-small, layer 7: expected measured effects.*steerkit\.measure_effects --preset gpt2-small"),
+    "03_feature_effects": (ValueError, r"gpt2-small, layer 7: expected measured effects.*recipes\.effects --preset gpt2-small"),
     "04_sae_ts": (ValueError, r"gpt2-small, layer 7: expected measured effects"),
     "05_fgaa": (ValueError, r"gpt2-small, layer 7: expected measured effects"),
     "06_output_scores": (
         FileNotFoundError,
-        r"scores of gpt2-small's features.*steerkit\.score_features --preset gpt2-small.*--layers 0 1 2",
+        r"scores of gpt2-small's features.*recipes\.scores --preset gpt2-small.*--layers 0 1 2",
     ),
     "07_corrsteer": (ValueError, r"facts: expected a model with a chat template.*gpt2-small has none"),
 }
@@ -86,9 +92,9 @@ def test_a_layer_is_the_one_asked_for_or_the_presets_own():
 def test_scores_of_layers_that_were_not_scored_are_refused(tmp_path):
     (tmp_path / "pythia-70m").mkdir()
     pd.DataFrame({"layer": [1, 1, 2], "feature": [0, 1, 0]}).to_csv(tmp_path / "pythia-70m" / "scores.csv.gz", index=False)
-    assert len(score_features.known(str(tmp_path), "pythia-70m", [1])) == 2
+    assert len(score.known(str(tmp_path), "pythia-70m", [1])) == 2
     with pytest.raises(ValueError, match=r"expected scores of layers \[1, 4\], got none of \[4\]"):
-        score_features.known(str(tmp_path), "pythia-70m", [1, 4])
+        score.known(str(tmp_path), "pythia-70m", [1, 4])
 
 
 def test_densities_say_whose_text_they_were_counted_on():

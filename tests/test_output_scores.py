@@ -7,12 +7,12 @@ import pytest
 import tiny
 import torch
 
-from steerkit import models
+from steerkit.engine.steer import Boost, steering
 from steerkit.features import logit_lens
-from steerkit.hooks import Boost, steering
-from steerkit.input_scores import TopRecords, input_scores
-from steerkit.output_scores import PROMPT, lens_rank, lens_tokens, output_scores, rank_weighted, token_confidence
-from steerkit.paths import DATA
+from steerkit.files import DATA
+from steerkit.methods.output_scores.inputs import TopRecords, input_scores
+from steerkit.methods.output_scores.score import PROMPT, lens_rank, lens_tokens, output_scores, rank_weighted, token_confidence
+from steerkit.models import lab as models
 
 
 def toy_sae():

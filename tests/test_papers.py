@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from steerkit import papers
-from steerkit.papers import FOLDER, curves, table, trade_off
-from steerkit.presets import presets
-from steerkit.tasks import concepts
+from steerkit.book import papers
+from steerkit.book.papers import FOLDER, curves, table, trade_off
+from steerkit.concepts import concepts
+from steerkit.models.presets import presets
 
 TOPICS = list(concepts())
 METHODS = ["CAA", "SAE row", "SAE-TS", "Pinverse", "Rotation", "FGAA"]

@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 
+from steerkit.engine.partial import starting_from
+from steerkit.engine.steer import Add, steering
 from steerkit.features import residuals
-from steerkit.hooks import Add, steering
-from steerkit.partial import starting_from
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "qwen3", "gpt2", "gptneox"])

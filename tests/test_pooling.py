@@ -7,13 +7,13 @@ import pytest
 import tiny
 import torch
 
-import steerkit.pooling as P
-from steerkit.decode import Sampling, Watch, decode
+import steerkit.methods.corrsteer.pooling as P
+from steerkit.engine.decode import Sampling, Watch, decode
+from steerkit.engine.generate import generate, prompt_ids
+from steerkit.engine.steer import Add, residual_blocks
 from steerkit.features import residuals
-from steerkit.generate import generate, prompt_ids
-from steerkit.hooks import Add, residual_blocks
-from steerkit.pooled import Pooled
-from steerkit.pooling import Raw, block_of, pool_generations
+from steerkit.methods.corrsteer.pooled import Pooled
+from steerkit.methods.corrsteer.pooling import Raw, block_of, pool_generations
 
 D = tiny.D_MODEL
 PROMPTS = ["I think", "a", "The longest of the prompts here", "So", "a"]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import yaml
 
+from steerkit.concepts import concepts
+from steerkit.files import DATA
 from steerkit.judges.concept import lexicon_score
-from steerkit.paths import DATA
-from steerkit.tasks import concepts
 
 FOLDER = DATA / "prompts"
 NAMES = {"openings.yaml": ["openings"], "instructions.yaml": ["instructions"], "requests.yaml": ["harmful", "harmless"]}

@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 
-from steerkit import published
-from steerkit.approximator import aim, target
-from steerkit.presets import preset
+from steerkit.methods.sae_ts import files as published
+from steerkit.methods.sae_ts.approximator import aim, target
+from steerkit.models.presets import preset
 
 REPO = "datasets--schalnev--sae-ts-effects"
 
@@ -96,7 +96,7 @@ def test_anger_9b_has_the_cosine_of_fgaa_table_d1():
 
 @pytest.mark.hub
 def test_the_right_rotation_is_the_one_that_maps_rows_to_columns():
-    from steerkit.approximator import rotation, unit
+    from steerkit.methods.sae_ts.approximator import rotation, unit
 
     found = online("2b")
     D = decoder("2b")
@@ -113,7 +113,7 @@ def test_effects_of_another_preset_or_layer_are_refused_by_name(tmp_path):
         published.measured(own, small, torch.zeros(8, 4), layer=7)
     with pytest.raises(ValueError, match=r"effects of smollm2-135m, layer 8, got those of smollm2-135m, layer 13"):
         published.source(own, embedded, 8)
-    with pytest.raises(ValueError, match=r"gpt2-small, layer 7: expected measured effects, got none: python -m steerkit\.measure_effects"):
+    with pytest.raises(ValueError, match=r"gpt2-small, layer 7: expected measured effects, got none: python -m recipes\.effects"):
         published.source("", small, 7)
     with pytest.raises(ValueError, match=r"got no file nowhere\.safetensors"):
         published.source("nowhere.safetensors", embedded, 13)

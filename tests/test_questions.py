@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from steerkit.paths import DATA
+from steerkit.files import DATA
 from steerkit.questions import Question, Task, bias_score, graders, letter_tokens, load, names, split
 from steerkit.questions.correct import contains, gold_number, letter, normal, number
 from steerkit.questions.countries import countries
@@ -499,8 +499,8 @@ def test_the_shipped_requests():
 def test_letter_tokens_of_the_embedded_model():
     from transformers import AutoTokenizer
 
-    from steerkit.fetch import embedded
-    from steerkit.models import preset
+    from steerkit.models.fetch import embedded
+    from steerkit.models.lab import preset
 
     tokenizer = AutoTokenizer.from_pretrained(embedded(preset("smollm2-135m").package))
     assert [tokenizer.decode([i]) for i in letter_tokens(tokenizer)] == [" A", " B", " C", " D"]

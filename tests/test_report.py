@@ -13,9 +13,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from steerkit import report
-from steerkit.cards import compare, verdict
-from steerkit.report import METHOD_COLOURS, METHOD_MARKERS, Book, results_table
+from steerkit.book import report
+from steerkit.book.cards import compare, verdict
+from steerkit.book.report import METHOD_COLOURS, METHOD_MARKERS, Book, results_table
 from steerkit.stats import Interval
 
 

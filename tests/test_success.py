@@ -8,11 +8,11 @@ import pytest
 import tiny
 import torch
 
-from steerkit import axbench as X
-from steerkit import success as S
-from steerkit.generate import Arm
-from steerkit.hooks import Add
+from steerkit.engine.generate import Arm
+from steerkit.engine.steer import Add
 from steerkit.judges.related import related_judge
+from steerkit.methods.output_scores import success as S
+from steerkit.scores import axbench as X
 
 
 def test_hits_count_occurrences():

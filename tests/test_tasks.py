@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from steerkit.tasks import Concept, concepts, load_concept
+from steerkit.concepts import Concept, concepts, load_concept
 
 NINE = "anger christian_evangelist conspiracy french london love praise want_to_die wedding".split()
 

@@ -6,17 +6,20 @@ import pytest
 import tiny
 import torch
 
-from steerkit import axbench, evaluate, success, trial
-from steerkit.calibration import calibration_rows
+from steerkit.engine.generate import generate
+from steerkit.engine.tokens import bare_ids, closing_tokens, prompt_ids, stop_tokens, text_ids
 from steerkit.features import token_batches
-from steerkit.finetune import lora
-from steerkit.generate import generate
 from steerkit.judges.coherence import split
-from steerkit.models import Loaded
-from steerkit.pooling import pool_generations
-from steerkit.presets import preset
+from steerkit.methods.corrsteer import experiment as trial
+from steerkit.methods.corrsteer.lora import lora
+from steerkit.methods.corrsteer.pooling import pool_generations
+from steerkit.methods.output_scores import success
+from steerkit.methods.sae_ts.calibrate import calibration_rows
+from steerkit.models.lab import Loaded
+from steerkit.models.presets import preset
 from steerkit.questions import Question, Task
-from steerkit.tokens import bare_ids, closing_tokens, prompt_ids, stop_tokens, text_ids
+from steerkit.scores import axbench
+from steerkit.scores import bcs as evaluate
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}~{% endfor %}"
@@ -83,7 +86,7 @@ def test_every_part_stops_at_the_models_own_end_token(monkeypatch, ends):
 
     for module in (axbench, evaluate, success, trial):
         monkeypatch.setattr(module, "generate", watch)
-    monkeypatch.setattr("steerkit.pooling.decode", watch)
+    monkeypatch.setattr("steerkit.methods.corrsteer.pooling.decode", watch)
     monkeypatch.setattr(success, "period_tokens", lambda tok: [])
     model, tok = (tiny.model("llama"), tiny.tokenizer()) if ends else endless()
     if ends:

@@ -12,10 +12,10 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from steerkit import harvest, train
 from steerkit.features import ordinary_positions, residuals
-from steerkit.harvest import Block, Recipe, Sae, Stream
-from steerkit.quality import contexts, describe, fit, loss_recovered
+from steerkit.training import harvest, train
+from steerkit.training.harvest import Block, Recipe, Sae, Stream
+from steerkit.training.quality import contexts, describe, fit, loss_recovered
 
 D = tiny.D_MODEL
 

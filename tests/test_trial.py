@@ -10,11 +10,12 @@ import tiny
 import torch
 from scipy.sparse import csr_array
 
-from steerkit import finetune, trial
-from steerkit.decode import Sampling, draw
-from steerkit.finetune import lora, target
-from steerkit.generate import BASELINE, generate
-from steerkit.pooled import Pooled
+from steerkit.engine.decode import Sampling, draw
+from steerkit.engine.generate import BASELINE, generate
+from steerkit.methods.corrsteer import experiment as trial
+from steerkit.methods.corrsteer import lora as finetune
+from steerkit.methods.corrsteer.lora import lora, target
+from steerkit.methods.corrsteer.pooled import Pooled
 from steerkit.questions import Question, Task
 
 

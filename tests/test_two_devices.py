@@ -8,11 +8,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from steerkit.decode import _select
-from steerkit.edits import on
+from steerkit.engine.decode import _select
+from steerkit.engine.edits import on
+from steerkit.engine.receipt import Receipt, Tally
+from steerkit.engine.steer import Ablate, Add, Boost, Steering
 from steerkit.features import ordinary_positions
-from steerkit.hooks import Ablate, Add, Boost, Steering
-from steerkit.receipt import Receipt, Tally
 
 D = tiny.D_MODEL
 

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from steerkit.paths import DATA
+from steerkit.files import DATA
 
 
 @runtime_checkable
@@ -31,10 +31,10 @@ def checked(texts: Sequence[str], prompts: Sequence[str] | None = None) -> tuple
 
 
 def parameters(name: str) -> dict:
-    """Return the fitted numbers of one judge, data/judges/<name>.json, which `python -m steerkit.judges.fit` makes."""
+    """Return the fitted numbers of one judge, data/judges/<name>.json, which `python -m recipes.judges` makes."""
     path = DATA / "judges" / f"{name}.json"
     if not path.exists():
-        raise FileNotFoundError(f"expected {path}; make it with: python -m steerkit.judges.fit --shared <folder>")
+        raise FileNotFoundError(f"expected {path}; make it with: python -m recipes.judges --shared <folder>")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -11,15 +11,14 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from steerkit.features import forward_losses
-from steerkit.fetch import CONVERSION
-from steerkit.fingerprint import fingerprint
-from steerkit.journal import score_texts
+from steerkit.engine.losses import forward_losses
+from steerkit.engine.memory import halving
+from steerkit.engine.packed import packed_linears
+from steerkit.engine.tokens import bare_ids
 from steerkit.judges import Judge, checked, parameters, sigmoid
-from steerkit.memory import halving
-from steerkit.packed import packed_linears
-from steerkit.presets import preset
-from steerkit.tokens import bare_ids
+from steerkit.models.fetch import CONVERSION
+from steerkit.models.presets import preset
+from steerkit.store import fingerprint, score_texts
 
 MAX_TOKENS = 256
 MAX_CONTEXT = 128
@@ -181,7 +180,7 @@ def coherence_judge(hf_model, tokenizer, *, fitted: dict | None = None) -> Judge
             before = None if prompts is None else [prompts[i] for i in full]
             names, x = feature_matrix(hf_model, tokenizer, [texts[i] for i in full], before)
             if names != fitted["features"]:
-                raise ValueError("data/judges/coherence.json: expected the present features; run steerkit.judges.fit")
+                raise ValueError("data/judges/coherence.json: expected the present features; run recipes.judges")
             scores[full] = expected_fluency(fitted, x)
         return scores
 
@@ -194,7 +193,7 @@ EMBEDDED = "smollm2-135m"
 @functools.cache
 def embedded_judge() -> Judge:
     """Return the coherence judge on a model of its own, the embedded one in float32, opened once: whatever model wrote the texts."""
-    from steerkit.models import load_model
+    from steerkit.models.lab import load_model
 
     return coherence_judge(*load_model(preset(EMBEDDED)))
 

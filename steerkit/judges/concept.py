@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from steerkit.concepts import Concept, concepts
 from steerkit.judges import Judge, checked, parameters, sigmoid
-from steerkit.tasks import Concept, concepts
 
 
 @functools.cache

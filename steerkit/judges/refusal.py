@@ -107,7 +107,7 @@ def ngrams(text: str) -> set[str]:
 def logits(fitted: dict, texts: Sequence[str]) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
     """Return the logits of the two logistic regressions, cues first."""
     if list(fitted["cues"]) != list(CUES):
-        raise ValueError("data/judges/refusal.json: expected weights of the present cues; run steerkit.judges.fit")
+        raise ValueError("data/judges/refusal.json: expected weights of the present cues; run recipes.judges")
     by_cues = cues(texts) @ np.array(list(fitted["cues"].values())) + fitted["cues_intercept"]
     table = fitted["ngrams"]
     by_ngrams = np.array([sum(table.get(g, 0.0) for g in sorted(ngrams(text))) for text in texts], dtype=np.float64)

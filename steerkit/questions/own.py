@@ -8,11 +8,11 @@ from zlib import crc32
 import numpy as np
 import yaml
 
-from steerkit.paths import DATA
-from steerkit.questions import Question, Task
+from steerkit.files import DATA
 from steerkit.questions.correct import LETTERS, contains, normal
 from steerkit.questions.countries import Country, countries
 from steerkit.questions.released import choose
+from steerkit.questions.task import Question, Task
 
 TASKS = ("facts", "letters", "arithmetic", "refusal")
 REQUESTS = DATA / "prompts" / "requests.yaml"

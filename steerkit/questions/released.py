@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from steerkit.questions import Question, Task
 from steerkit.questions.correct import LETTERS
+from steerkit.questions.task import Question, Task
 
 FILES = (".jsonl", ".json", ".gz", ".parquet")
 BBQ_SUBSETS = (

@@ -1,0 +1,98 @@
+"""Measure the effects of a preset's training vectors, in blocks that resume and can be shared out: `python -m recipes.effects`."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from steerkit.files import resolve, write_atomic
+from steerkit.methods.sae_ts.approximator import budget
+from steerkit.methods.sae_ts.calibrate import calibrate, calibration_rows
+from steerkit.methods.sae_ts.effects import Effects, Scheme, measure, save, training_vectors, unsteered
+from steerkit.models.jumprelu import JumpReLU
+from steerkit.models.lab import load_model, preset
+from steerkit.models.saes import load_sae
+from steerkit.store import fingerprint
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line, measure, and ship."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="smollm2-135m")
+    parser.add_argument("--layer", type=int, help="default: the preset's primary layer")
+    parser.add_argument("--saes", type=Path, help="folder of SAEs (layer_N) in place of the preset's")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--samples", type=int, default=1, help="rollouts of each prompt")
+    parser.add_argument("--out", required=True, help="folder of the finished parts")
+    parser.add_argument("--text", default="data/check_texts.txt", help="calibration text, plain")
+    parser.add_argument("--text-rows", type=int, default=4, help="rows of 32 tokens to calibrate on")
+    parser.add_argument("--rise", type=float, default=0.5, help="calibrate to the unsteered loss plus this many nats")
+    parser.add_argument("--dtype", default="auto", help="of the model: auto is bfloat16 where that is native; the SAE runs in float32")
+    parser.add_argument("--block", type=int, default=512, help="vectors calibrated and measured together")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=2, help="independent measurements of the held-out vectors")
+    parser.add_argument("--first", type=int, help="measure this many vectors only, the held-out ones first")
+    parser.add_argument("--shard", type=int, default=0)
+    parser.add_argument("--n-shards", type=int, default=1)
+    parser.add_argument("--ship", help="once all blocks are there, write them to this file")
+    args = parser.parse_args(argv)
+    spec = preset(args.preset)
+    layer = spec.primary_layer if args.layer is None else args.layer
+    model, tokenizer = load_model(spec, device=args.device, dtype=args.dtype)
+    sae = JumpReLU(args.saes / f"layer_{layer}", model.device) if args.saes else load_sae(spec, spec.sae_set(), layer, hf=model)
+    vectors, held = (t[: args.first] for t in training_vectors(sae.W_dec))
+    ids = calibration_rows(tokenizer, resolve(args.text).read_text(encoding="utf-8"), rows=args.text_rows)
+    folder, scheme = Path(args.out), Scheme(outlier=spec.outlier, samples=args.samples)
+    blocks = range(0, len(vectors), args.block)
+    jobs = [(start, repeat) for start in blocks for repeat in range(args.repeats if start < held.sum() else 1)]
+    calm = {"scheme": replace(scheme, samples=64), "batch_size": args.batch_size, "out": folder / "baseline"}
+    base = unsteered(model, tokenizer, sae, layer=layer, **calm)
+    found: dict[int, list[Effects]] = {}
+    for start, repeat in jobs[args.shard :: args.n_shards]:
+        block = vectors[start : start + args.block]
+        scales = _scales(folder / f"scales-{start:06d}.safetensors", model, ids, block, layer, args)
+        noise = replace(scheme, sampling=replace(scheme.sampling, seed=1000 * repeat + start))
+        settings = {"layer": layer, "baseline": base, "scheme": noise, "batch_size": args.batch_size}
+        measured = measure(model, tokenizer, sae, block, scales, out=folder / f"block-{start:06d}-{repeat}", **settings)
+        found.setdefault(repeat, []).append(measured)
+    if args.ship and args.n_shards == 1:
+        about = {"preset": spec.name, "layer": layer, "vectors": "training_vectors", "rise": args.rise, "text": args.text}
+        about |= {"text_rows": args.text_rows, "dtype": str(model.dtype).removeprefix("torch.")}
+        about |= {"prompts": len(scheme.prompts), "samples": scheme.samples}
+        _ship(resolve(args.ship), {repeat: _join(blocks, base) for repeat, blocks in found.items()}, held, about)
+
+
+def _join(blocks: list[Effects], baseline: Tensor) -> Effects:
+    return Effects(*(torch.cat([getattr(e, name) for e in blocks]) for name in ("vectors", "scales", "parts")), baseline)
+
+
+def _ship(path: Path, found: dict[int, Effects], held: Bool[Tensor, " n"], about: dict) -> None:
+    """Write the effects, each repeat beside them, and what a budget of rollouts buys."""
+    for repeat, effects in found.items():
+        save(effects, path if not repeat else path.with_suffix(f".repeat{repeat}.safetensors"), about | {"repeat": repeat})
+    first = found[0]
+    held = held[: len(first.scales)]
+    target = torch.stack([e.effects[held[: len(e.scales)]] for e in found.values()]).mean(0)
+    table = budget(first.vectors[~held], first.parts[~held], first.vectors[held], target, rollouts=about["prompts"] * about["samples"])
+    write_atomic(path.parent / "budget.csv", table.to_csv(index=False, float_format="%.4f"))
+
+
+def _scales(path: Path, model, ids, vectors, layer: int, args) -> Float[Tensor, " n"]:
+    """Return calibrated scales, extrapolated ones cut at twice the grid's end; kept in a file named by what determines them."""
+    grid = tuple(range(0, 201, 40))
+    path = path.with_stem(f"{path.stem}-{fingerprint(model, ids, vectors, layer, args.rise, grid, args.batch_size)}")
+    if not path.exists():
+        scales, beyond, _ = calibrate(model, ids, vectors, layer=layer, rise=args.rise, grid=grid, batch_size=args.batch_size)
+        scales = torch.where(scales > 0, scales, float("inf")).clamp(1.0, 2.0 * grid[-1])
+        write_atomic(path, to_bytes({"scales": scales, "beyond": beyond}))
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("scales")
+
+
+if __name__ == "__main__":
+    main()

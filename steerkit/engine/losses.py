@@ -1,0 +1,70 @@
+"""Next-token losses of plain and of steered text, in nats, with no more logits at a time than memory has room for."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from steerkit.engine.memory import halving
+from steerkit.engine.partial import starting_from
+
+LOGITS = 2**28  # that exist together: 1 GiB in float32
+
+
+def forward_losses(model: nn.Module, ids: Int[Tensor, "batch pos"], **inputs) -> Float[Tensor, "batch next"]:
+    """Return `next_token_losses` of a forward call, never with more than `LOGITS` logits at a time.
+
+    64 rows of 300 tokens have 5 billion logits where the vocabulary has 256,000 tokens: 30 GB with their float32 copy.
+    """
+    at_once = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
+    if ids.numel() <= at_once:
+        return next_token_losses(model(input_ids=ids, use_cache=False, **inputs).logits, ids)
+    hidden = model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state[:, :-1].flatten(0, 1)
+    parts = zip(hidden.split(at_once), ids[:, 1:].flatten().split(at_once))
+    losses = [nn.functional.cross_entropy(_logits(model, some).float(), next_ids, reduction="none") for some, next_ids in parts]
+    return torch.cat(losses).view(len(ids), -1)
+
+
+def _logits(model: nn.Module, hidden: Float[Tensor, "some d_model"]) -> Float[Tensor, "some vocab"]:
+    """Return the model's logits from behind its final norm; Gemma 2 caps them."""
+    logits, cap = model.get_output_embeddings()(hidden), getattr(model.config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def next_token_losses(logits: Float[Tensor, "batch pos vocab"], ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch next"]:
+    """Return -log p(t_i | t_<i) in nats for every token but the first, in float32; pos - 1 = next numbers a row."""
+    flat = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    return flat.view(len(ids), -1)
+
+
+@torch.inference_mode()
+def steered_token_losses(
+    model: nn.Module,
+    ids: Int[Tensor, "rows pos"],
+    resid: Float[Tensor, "rows pos d_model"],
+    steps: Float[Tensor, "n d_model"],
+    *,
+    layer: int,
+    batch_size: int,
+) -> Iterator[tuple[Int[Tensor, " some"], Float[Tensor, "some rows next"]]]:
+    """Yield (which steps, their next-token losses in nats) on all rows, each step added at every position after `layer`.
+
+    resid: the stream after `layer`, computed once for all steps. batch_size: rows x steps that run together.
+    """
+
+    def losses(part: Int[Tensor, " some"]) -> tuple[Tensor, Tensor]:
+        steered = (resid + steps[part, None, None].to(resid)).flatten(0, 1)
+        many = ids.repeat(len(part), 1)
+        with starting_from(model, layer, steered):
+            found = forward_losses(model, many).view(len(part), len(ids), -1)
+        if len(lost := (~torch.isfinite(found)).any(-1).nonzero()):
+            step, row = lost[0].tolist()
+            push = f"row {row} of its batch, a push of norm {float(steps[part[step]].norm()):g} after layer {layer}"
+            raise ValueError(
+                f"{push}: expected finite losses, got NaN or infinity in {resid.dtype}: lower the scale, or open the model in float32"
+            )
+        return part, found
+
+    for part in torch.arange(len(steps)).split(max(1, batch_size // len(ids))):
+        yield from halving(losses, part)

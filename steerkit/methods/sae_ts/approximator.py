@@ -1,0 +1,232 @@
+"""The effect approximator, y = x M + b, and the vectors that are aimed through it (SAE-TS sections 4 and 5, FGAA eq. 5)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from steerkit.files import write_atomic
+from steerkit.stats import bootstrap
+from steerkit.vectors import SteeringVector
+
+
+@dataclass(frozen=True)
+class Approximator:
+    """The affine map from a unit steering vector to its effect: M [d_model, d_sae] (W in the released code), b [d_sae]."""
+
+    M: Float[Tensor, "d_model d_sae"]
+    b: Float[Tensor, " d_sae"]
+
+    def __call__(self, vectors: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_sae"]:
+        """Return the predicted effects of unit vectors."""
+        return vectors.to(self.M) @ self.M + self.b
+
+    @property
+    def Mb(self) -> Float[Tensor, " d_model"]:
+        """M b, the direction that all effects share; SAE-TS subtracts it."""
+        return self.M @ self.b
+
+    def save(self, path: str | Path) -> Path:
+        """Write M and b as float16 safetensors."""
+        return write_atomic(path, to_bytes({"M": self.M.half().contiguous(), "b": self.b.float().contiguous()}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Approximator":
+        """Read an approximator written by `save`; ValueError where M and b do not belong together."""
+        found = load_file(path)
+        if set(found) != {"M", "b"} or found["M"].shape[1:] != found["b"].shape:
+            raise ValueError(f"{path}: expected M [d_model, d_sae] and b [d_sae], got shapes {[list(v.shape) for v in found.values()]}")
+        return cls(found["M"].float(), found["b"].float())
+
+
+def fit_ridge(
+    x: Float[Tensor, "n d_model"],
+    y: Float[Tensor, "n d_sae"],
+    *,
+    penalties: tuple[float, ...] = tuple(10.0**k for k in range(-4, 5)),
+    folds: int = 5,
+    seed: int = 0,
+) -> tuple[Approximator, dict[float, float]]:
+    """Return the ridge fit in closed form, and the cross-validated R2 of every penalty; the best one is used.
+
+    M = (X'X + penalty I)^-1 X'Y with X and Y centred; b is not penalised. One penalty for all features.
+
+    >>> x, M = torch.nn.functional.normalize(torch.randn(50, 4), dim=1), torch.randn(4, 3)
+    >>> bool((fit_ridge(x, x @ M + 1, penalties=(1e-9,))[0].M - M).abs().max() < 1e-3)
+    True
+    """
+    x, y = x.double(), y.double()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    error, total = np.zeros(len(penalties)), 0.0
+    if len(penalties) > 1:
+        for held in order.chunk(folds):
+            seen = torch.ones(len(x), dtype=torch.bool)
+            seen[held] = False
+            centre = y[held] - y[seen].mean(0)
+            total += centre.square().sum().item()
+            for i, M in enumerate(_ridge(x[seen], y[seen], penalties)):
+                error[i] += (centre - (x[held] - x[seen].mean(0)) @ M).square().sum().item()
+    r2 = dict(zip(penalties, (1 - error / total).tolist() if total else [float("nan")] * len(penalties)))
+    best = max(r2, key=r2.get) if total else penalties[0]
+    (M,) = _ridge(x, y, (best,))
+    return Approximator(M.float(), (y.mean(0) - x.mean(0) @ M).float()), r2
+
+
+def _ridge(x: Tensor, y: Tensor, penalties) -> list[Tensor]:
+    centred = x - x.mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    right = vectors.T @ (centred.T @ (y - y.mean(0)))
+    return [vectors @ (right / (values.clamp_min(0) + penalty)[:, None]) for penalty in penalties]
+
+
+def fit_adam(
+    x: Float[Tensor, "n d_model"],
+    y: Float[Tensor, "n d_sae"],
+    *,
+    lr: float = 2e-4,
+    epochs: int = 15,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Approximator:
+    """Return the fit of the released code: Adam on the mean squared error, cosine schedule over epochs, b from zero.
+
+    M starts Kaiming-uniform with fan-in read as d_sae, as there.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    d_model, d_sae = x.shape[1], y.shape[1]
+    bound = (6 / d_sae) ** 0.5
+    M = ((2 * torch.rand(d_model, d_sae, generator=generator) - 1) * bound).requires_grad_()
+    b = torch.zeros(d_sae, requires_grad=True)
+    optimiser = torch.optim.Adam([M, b], lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs)
+    for _ in range(epochs):
+        for part in torch.randperm(len(x), generator=generator).split(batch_size):
+            loss = nn.functional.mse_loss(x[part] @ M + b, y[part])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        schedule.step()
+    return Approximator(M.detach(), b.detach())
+
+
+def unit(vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+    """Return the vector with norm 1; zero stays zero."""
+    norm = vector.norm()
+    return vector / norm if norm > 0 else vector
+
+
+def target(features: int | Mapping[int, float], d_sae: int) -> Float[Tensor, " d_sae"]:
+    """Return the target in feature space for one feature, or weights by feature."""
+    weights = {features: 1.0} if isinstance(features, int) else features
+    if not weights or (bad := [i for i in weights if not 0 <= i < d_sae]):
+        raise ValueError(f"features: expected at least one, 0 to {d_sae - 1}, got {list(weights) if not weights else bad}")
+    out = torch.zeros(d_sae)
+    for i, w in weights.items():
+        out[i] = w
+    return out
+
+
+def aim(
+    approximator: Approximator,
+    wanted: Float[Tensor, " d_sae"],
+    *,
+    layer: int,
+    preset: str,
+    name: str = "SAE-TS",
+    strength: float = 1.0,
+) -> SteeringVector:
+    """Return the vector aimed at a target t in feature space: norm(norm(M t) - lambda norm(M b)) (SAE-TS eq. 3, FGAA eq. 5).
+
+    strength: lambda, 1 in both papers. Only the ratios inside t matter. ValueError for a target that M sends to zero.
+    """
+    direction = unit(approximator.M @ wanted.to(approximator.M)) - strength * unit(approximator.Mb)
+    return SteeringVector(name, direction, layer, preset, {"method": name, "lambda": strength, "target": _about(wanted)})
+
+
+def minus_Mb(approximator: Approximator, *, layer: int, preset: str) -> SteeringVector:
+    """Return -norm(M b) alone, the control of SAE-TS Fig. 5."""
+    return SteeringVector("-Mb", -approximator.Mb, layer, preset, {"method": "-Mb"})
+
+
+def pseudo_inverse(
+    approximator: Approximator, wanted: Float[Tensor, " d_sae"], *, layer: int, preset: str, name: str = "Pinverse"
+) -> SteeringVector:
+    """Return x = (t / |t| - b) M+, not normalised: its norm is the vector's weight, as in the released code (App. A.1)."""
+    x = torch.linalg.lstsq(approximator.M.T.double(), (unit(wanted.to(approximator.M)) - approximator.b).double()[:, None]).solution[:, 0]
+    return SteeringVector(name, x.float(), layer, preset, {"method": name, "target": _about(wanted)}, weight=float(x.norm()))
+
+
+def rotation(approximator: Approximator, W_dec: Float[Tensor, "d_sae d_model"], *, published: bool = False) -> Float[Tensor, "d d"]:
+    """Return the Procrustes rotation R with R d_j closest to M_j / |M_j| over all features (SAE-TS App. D).
+
+    A D = U S V', R = U V', A the unit columns of M, D the unit rows of W_dec. published=True gives the inverse, which
+    the paper's text and the released train.py describe.
+    """
+    A = nn.functional.normalize(approximator.M.double(), dim=0)
+    D = nn.functional.normalize(W_dec.detach().to(A), dim=1)
+    U, _, Vh = torch.linalg.svd(A @ D)
+    R = (U @ Vh).float()
+    return R.T.contiguous() if published else R
+
+
+def rotated(
+    approximator: Approximator,
+    R: Float[Tensor, "d d"],
+    row: SteeringVector,
+    *,
+    name: str = "Rotation",
+) -> SteeringVector:
+    """Return norm(R d - norm(M b)) for a decoder direction d."""
+    direction = unit(R @ row.direction.to(R)) - unit(approximator.Mb).to(R)
+    return SteeringVector(name, direction, row.layer, row.preset, {"method": name, "of": row.made})
+
+
+def _about(wanted: Tensor) -> dict[str, float]:
+    kept = wanted.nonzero()[:, 0].tolist()
+    return {str(i): round(float(wanted[i]), 4) for i in kept[:64]}
+
+
+def agreement(predicted: Float[Tensor, "n d_sae"], measured: Float[Tensor, "n d_sae"], centre: Float[Tensor, " d_sae"]) -> dict:
+    """Return how well effects are predicted: R2 about `centre` with its parts per vector, and the centred cosine per vector.
+
+    R2 = 1 - sum |y - p|^2 / sum |y - centre|^2; centre is the mean effect of the vectors fitted on. The cosine is that of
+    y - centre and p - centre, 0 where a prediction is the mean itself.
+    """
+    y, p = (measured - centre).double(), (predicted - centre).double()
+    parts = torch.stack([(y - p).square().sum(1), y.square().sum(1)], 1)
+    norms = y.norm(dim=1) * p.norm(dim=1)
+    cosine = torch.where(norms > 0, (y * p).sum(1) / norms.clamp_min(1e-30), 0.0)
+    return {"r2": float(1 - parts[:, 0].sum() / parts[:, 1].sum()), "parts": parts.numpy(), "cosine": cosine.numpy()}
+
+
+def budget(
+    x: Float[Tensor, "n d_model"],
+    parts: Float[Tensor, "n 2 d_sae"],
+    x_new: Float[Tensor, "m d_model"],
+    y_new: Float[Tensor, "m d_sae"],
+    *,
+    rollouts: int = 14,
+    smallest: int = 240,
+) -> pd.DataFrame:
+    """Return held-out cosine of the ridge fit against the rollouts spent: all of each vector's, or half on twice as many.
+
+    parts: effects by every other prompt, from which "half" takes the first. Columns: prompts (rollouts a vector), vectors,
+    rollouts, cosine with its interval over held-out vectors, n.
+    """
+    rows, centre = [], parts.mean((0, 1))
+    for each, y in ((rollouts // 2, parts[:, 0]), (rollouts, parts.mean(1))):
+        n = smallest
+        while n <= len(x):
+            own = y[:n].mean(0)  # half of the prompts have another mean effect, which is not what is asked
+            found = agreement(fit_ridge(x[:n], y[:n])[0](x_new) - own + centre, y_new, centre)
+            i = bootstrap(found["cosine"])
+            rows.append([each, n, n * each, i.value, i.low, i.high, i.n])
+            n *= 2
+    return pd.DataFrame(rows, columns=["prompts", "vectors", "rollouts", "cosine", "low", "high", "n"])

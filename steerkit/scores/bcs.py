@@ -1,0 +1,159 @@
+"""Behaviour times coherence by scale (SAE-TS section 5): one sweep for all topics and methods, judged, with intervals.
+
+The peak over scales is picked on one half of the samples and scored on the other; also the papers' way, on the same ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from steerkit.engine.generate import BASELINE, generate, grid
+from steerkit.engine.tokens import stop_tokens
+from steerkit.files import write_table
+from steerkit.judges.coherence import judge_pairs
+from steerkit.judges.concept import concept_judge
+from steerkit.stats import Interval, clean, paired_difference
+from steerkit.vectors import SteeringVector
+
+SCALES = tuple(float(s) for s in range(0, 301, 20))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The papers' evaluation: 30 new tokens, top-k 50, top-p 0.3, an end-of-text token stops."""
+
+    prompts: tuple[str, ...] = ("I think",)
+    scales: tuple[float, ...] = SCALES
+    samples: int = 64
+    max_new_tokens: int = 30
+    top_k: int = 50
+    top_p: float = 0.3
+    seed: int = 0
+
+
+def sweep(
+    loaded,
+    by_topic: Mapping[str, Sequence[SteeringVector]],
+    shared: Sequence[SteeringVector] = (),
+    *,
+    protocol: Protocol = Protocol(),
+    out: str | Path | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Return a row for each judged text: topic, method, scale, prompt, sample, text, behaviour, coherence.
+
+    by_topic: the vectors of each topic, named by method. shared: vectors that aim at no topic (random, -Mb); their texts
+    and the unsteered ones are judged for every topic, and the unsteered ones stand for scale 0 of every method. Each
+    distinct text is judged once. With `out` (a .jsonl file, "{key}" in its name) texts and scores resume after an interruption.
+    """
+    scales = [s for s in protocol.scales if s]
+    named = [(f"{topic}/{v.name}", v) for topic, vectors in by_topic.items() for v in vectors]
+    named += [(f"/{v.name}", v) for v in shared]
+    arms = [BASELINE, *(replace(arm, name=label) for label, v in named for arm in grid([v], scales))]
+    settings = {"samples": protocol.samples, "max_new_tokens": protocol.max_new_tokens, "top_k": protocol.top_k, "top_p": protocol.top_p}
+    settings |= {"seed": protocol.seed, "stop": stop_tokens(loaded.tokenizer, loaded.hf), "batch_size": batch_size}
+    texts = generate(loaded.hf, loaded.tokenizer, list(protocol.prompts), arms, out=out, progress=progress, **settings)
+    texts["coherence"] = judge_pairs(texts.prompt.tolist(), texts.text.tolist(), out=out, progress=progress)
+    rows = []
+    for topic in by_topic:
+        mine = texts[texts.arm.str.startswith((f"{topic}/", "/")) | (texts.arm == BASELINE.name)]
+        only = mine.text.drop_duplicates()
+        behaviour = dict(zip(only, concept_judge(topic)(only.tolist())))
+        rows.append(mine.assign(topic=topic, method=mine.arm.str.split("/").str[-1], behaviour=mine.text.map(behaviour)))
+    columns = ["topic", "method", "scale", "prompt", "sample", "text", "behaviour", "coherence"]
+    return pd.concat(rows)[columns].sort_values(columns[:5], ignore_index=True)
+
+
+def product(both: Float[np.ndarray, "n 2"], *, n_boot: int = 1000, seed: int = 0) -> dict[str, Interval]:
+    """Return behaviour, coherence and BCS = mean behaviour x mean coherence (not the mean of products), with intervals."""
+    both, rng = clean(both), np.random.default_rng(seed)
+    n = len(both)
+    drawn = rng.multinomial(n, np.full(n, 1 / n), size=n_boot) @ both / n  # [n_boot, 2]
+    found = {"behaviour": (both[:, 0].mean(), drawn[:, 0]), "coherence": (both[:, 1].mean(), drawn[:, 1])}
+    found["BCS"] = (both[:, 0].mean() * both[:, 1].mean(), drawn.prod(1))
+    return {k: Interval(float(value), *np.quantile(d, [0.025, 0.975]).tolist(), n) for k, (value, d) in found.items()}
+
+
+def _by_method(judged: pd.DataFrame):
+    """Yield (topic, prompt, method, its texts); unsteered text is every method's scale 0."""
+    for (topic, prompt), part in judged.groupby(["topic", "prompt"]):
+        plain = part[part.method == BASELINE.name]
+        for method, mine in part[part.method != BASELINE.name].groupby("method"):
+            yield topic, prompt, method, pd.concat([plain.assign(scale=0.0), mine])
+
+
+def curves(judged: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Return a row for each topic, prompt, method, scale and score: value, low, high, n. Unsteered text is every method's scale 0."""
+    rows = []
+    for topic, prompt, method, mine in _by_method(judged):
+        for scale, texts in mine.groupby("scale"):
+            for score, i in product(texts[["behaviour", "coherence"]].to_numpy(), n_boot=n_boot, seed=seed).items():
+                rows.append([topic, prompt, method, scale, score, i.value, i.low, i.high, i.n])
+    return pd.DataFrame(rows, columns=["topic", "prompt", "method", "scale", "score", "value", "low", "high", "n"])
+
+
+def peaks(judged: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Return a row for each topic, prompt and method: the peak BCS picked on even samples and scored on odd ones, with its
+    interval, scale and n; and `same`, the maximum over scales on all samples, as the papers report it."""
+    rows = []
+    for topic, prompt, method, mine in _by_method(judged):
+        scale = best_scale(mine[mine["sample"] % 2 == 0])
+        rest = mine[(mine.scale == scale) & (mine["sample"] % 2 == 1)]
+        i = product(rest[["behaviour", "coherence"]].to_numpy(), n_boot=n_boot, seed=seed)
+        means = mine.groupby("scale")[["behaviour", "coherence"]].mean().prod(axis=1)
+        row = [topic, prompt, method, scale, i["BCS"].value, i["BCS"].low, i["BCS"].high, i["BCS"].n]
+        rows.append([*row, i["behaviour"].value, i["coherence"].value, means.max(), means.idxmax()])
+    names = ["topic", "prompt", "method", "scale", "bcs", "low", "high", "n", "behaviour", "coherence", "same", "same_scale"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def agreement(live: pd.DataFrame, full: pd.DataFrame, **options) -> tuple[Interval, float]:
+    """Return BCS of one run's `curves` minus another's, over the points that both have, and the share whose intervals overlap.
+
+    Intervals that are apart by less than the rounding of saved scores (0.001) overlap.
+    """
+    both = live[live.score == "BCS"].merge(full, on=["topic", "prompt", "method", "scale", "score"], suffixes=("", "_full"))
+    overlap = (both.low <= both.high_full + 1e-3) & (both.low_full <= both.high + 1e-3)
+    return paired_difference(both.value, both.value_full, **options), float(overlap.mean())
+
+
+def best_scale(texts: pd.DataFrame) -> float:
+    """Return the scale with the highest BCS among these texts."""
+    return float(texts.groupby("scale")[["behaviour", "coherence"]].mean().prod(axis=1).idxmax())
+
+
+def compare(judged: pd.DataFrame, a: str, b: str, *, n_boot: int = 1000, seed: int = 0) -> tuple[Interval, pd.Series]:
+    """Return mean over topics of peak BCS of method a minus b, held out, and the difference by topic.
+
+    The interval draws topics, and samples within them, with replacement; both methods share the topics drawn.
+    """
+    rng, drawn, by_topic, n = np.random.default_rng(seed), {}, {}, 0
+    for topic, _, method, mine in _by_method(judged[judged.method.isin([a, b, BASELINE.name])]):
+        scale = best_scale(mine[mine["sample"] % 2 == 0])
+        both = mine[(mine.scale == scale) & (mine["sample"] % 2 == 1)][["behaviour", "coherence"]].to_numpy()
+        weights = rng.multinomial(len(both), np.full(len(both), 1 / len(both)), size=n_boot)
+        drawn.setdefault((topic, method), []).append((weights @ both / len(both)).prod(1))
+        by_topic.setdefault((topic, method), []).append(both.mean(0).prod())
+        n += len(both)
+    topics = sorted({topic for topic, _ in drawn})
+    values = pd.Series({t: np.mean(by_topic[t, a]) - np.mean(by_topic[t, b]) for t in topics})
+    gaps = np.stack([np.mean(drawn[t, a], 0) - np.mean(drawn[t, b], 0) for t in topics])  # [topics, n_boot]
+    means = gaps[rng.integers(len(topics), size=(n_boot, len(topics))), np.arange(n_boot)[:, None]].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975]).tolist()
+    return Interval(float(values.mean()), low, high, n, len(topics)), values
+
+
+def save_scores(judged: pd.DataFrame, path: str | Path) -> Path:
+    """Write the scores, not the texts, as gzipped csv with three decimals: small enough to ship."""
+    columns = ["topic", "prompt", "method", "scale", "sample", "behaviour", "coherence"]
+    return write_table(path, judged[columns].sort_values(columns[:5]), digits="%.3f")
+
+
+def load_scores(path: str | Path) -> pd.DataFrame:
+    """Read what `save_scores` wrote."""
+    return pd.read_csv(path, keep_default_na=False).astype({"scale": float, "behaviour": float, "coherence": float})
