@@ -1,4 +1,4 @@
-"""Intervals for every number: bootstrap over samples or over groups of samples, paired differences, the noise floor."""
+"""Intervals for every number: bootstrap over samples or over groups of samples, and paired differences."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,6 +62,14 @@ def _draws(n: int, groups: Sequence | np.ndarray | None, n_boot: int, seed: int)
         yield np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
 
 
+def _group_means(values: np.ndarray, groups: Sequence | np.ndarray, n_boot: int, seed: int) -> np.ndarray:
+    """Return the means of the draws of `_draws` from each group's sum and size: thousands of times fewer numbers to add."""
+    rng, label = np.random.default_rng(seed), np.unique(np.asarray(groups), return_inverse=True)[1]
+    size, total = np.bincount(label), np.bincount(label, weights=values)
+    drawn = np.stack([rng.integers(len(size), size=len(size)) for _ in range(n_boot)])
+    return total[drawn].sum(1) / size[drawn].sum(1)
+
+
 def bootstrap(
     values,
     statistic: Callable[[np.ndarray], float] = np.mean,
@@ -88,7 +96,10 @@ def bootstrap(
     units = len(values) if groups is None else len(np.unique(np.asarray(groups)))
     low = high = float("nan")
     if units > 1:
-        drawn = np.array([statistic(values[rows]) for rows in _draws(len(values), groups, n_boot, seed)])
+        if statistic is np.mean and groups is not None and values.ndim == 1:
+            drawn = _group_means(values, groups, n_boot, seed)
+        else:
+            drawn = np.array([statistic(values[rows]) for rows in _draws(len(values), groups, n_boot, seed)])
         if np.isnan(drawn).mean() <= 0.01:
             low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2]).tolist()
     return Interval(float(statistic(values)), low, high, len(values), None if groups is None else units)
@@ -104,27 +115,6 @@ def paired_difference(a, b, statistic: Callable[[np.ndarray], float] = np.mean, 
     a, b = clean(a, "a"), clean(b, "b")
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"expected two arrays of equal length, got shapes {a.shape} and {b.shape}")
+    if statistic is np.mean:
+        return bootstrap(a - b, **options)
     return bootstrap(np.stack([a, b], axis=1), lambda rows: statistic(rows[:, 0]) - statistic(rows[:, 1]), **options)
-
-
-def noise_floor(
-    values,
-    statistic: Callable[[np.ndarray], float] = np.mean,
-    *,
-    n_boot: int = 2000,
-    level: float = 0.95,
-    groups: Sequence | np.ndarray | None = None,
-    seed: int = 0,
-) -> float:
-    """Return the difference that two runs of one condition, each as large as `values`, show by chance alone.
-
-    It is the `level` quantile of |statistic(run 1) - statistic(run 2)|, both runs drawn from `values` with replacement
-    (whole groups with `groups`); for a mean about 1.96 sqrt(2 / n) times the standard deviation. A gap between two
-    conditions below it says nothing.
-
-    Example: `noise_floor(baseline_scores, groups=prompts)`
-    """
-    values = clean(values)
-    first = [statistic(values[rows]) for rows in _draws(len(values), groups, n_boot, seed)]
-    second = [statistic(values[rows]) for rows in _draws(len(values), groups, n_boot, seed + 1)]
-    return float(np.quantile(np.abs(np.subtract(first, second)), level))

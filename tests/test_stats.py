@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from steerkit.stats import Interval, bootstrap, noise_floor, paired_difference
+from steerkit.stats import Interval, bootstrap, paired_difference
 
 RNG = np.random.default_rng(7)
 
@@ -72,11 +72,12 @@ def test_same_seed_same_interval_other_seed_other_interval():
     assert bootstrap(values, seed=3) == bootstrap(values, seed=3) != bootstrap(values, seed=4)
 
 
-def test_noise_floor_matches_the_normal_formula():
-    values = RNG.normal(0, 2.0, 300)
-    assert noise_floor(values, n_boot=4000) == pytest.approx(1.96 * np.sqrt(2 / 300) * values.std(), rel=0.08)
-    groups = np.repeat(np.arange(30), 10)
-    assert noise_floor(np.repeat(values[:30], 10), groups=groups) > 2 * noise_floor(np.repeat(values[:30], 10))
+def test_means_of_groups_are_those_of_the_rows_drawn():
+    """The mean is computed from each group's sum; the long way draws the rows themselves."""
+    values, groups = RNG.normal(0, 2.0, 60), RNG.integers(9, size=60)
+    fast, slow = bootstrap(values, groups=groups, seed=3), bootstrap(values, lambda v: v.mean(), groups=groups, seed=3)
+    assert (fast.value, fast.n, fast.groups) == (slow.value, slow.n, slow.groups)
+    assert (fast.low, fast.high) == pytest.approx((slow.low, slow.high), abs=1e-12)
 
 
 def test_one_independent_unit_has_no_interval():
