@@ -2,7 +2,8 @@
 #   snakemake --cores 2 --config scale=laptop
 #   snakemake --config scale=full --executor slurm --jobs 20 --default-resources ...
 # What has to run is decided by content, not by times: each finished run leaves an empty file named after a hash of what
-# determines it (notebook, parameters, steerkit/, data/, requirements.lock, the notebooks it needs; steerkit/book/jobs.py).
+# determines it (notebook, parameters, the code of the modules that it imports, data/, requirements.lock, the notebooks it needs;
+# steerkit/book/jobs.py and closure.py).
 import sys
 from pathlib import Path
 

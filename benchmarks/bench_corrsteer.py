@@ -8,20 +8,20 @@ import torch
 from bench_generate import device_line, rates_by_round, write_table
 
 from steerkit.engine.decode import Sampling, decode
-from steerkit.engine.generate import prompt_ids
-from steerkit.engine.steer import residual_blocks
+from steerkit.engine.tokens import prompt_ids
 from steerkit.methods.corrsteer.correlation import Correlation
 from steerkit.methods.corrsteer.pooling import pool_generations
-from steerkit.models import lab as models
+from steerkit.models import load as models
+from steerkit.store import Work
 
 
 def questions(n: int) -> list[str]:
     return [f"What is {i % 97} plus {i % 89}? Answer in a sentence." for i in range(n)]
 
 
-def released_loop(loaded, saes, prompts: list[str], *, new: int, batch: int = 8):
+def released_loop(lab, prompts: list[str], *, new: int, batch: int = 8):
     """Hugging Face generate in batches of 8; a hook keeps each step's last position; each layer then encodes its steps one by one."""
-    model, tokenizer = loaded.hf, loaded.tokenizer
+    model, tokenizer, saes = lab.hf, lab.tokenizer, lab.saes
     for at in range(0, len(prompts), batch):
         ids = [prompt_ids(tokenizer, p) for p in prompts[at : at + batch]]
         width = max(map(len, ids))
@@ -29,7 +29,7 @@ def released_loop(loaded, saes, prompts: list[str], *, new: int, batch: int = 8)
         mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids])
         kept: dict[int, list] = {layer: [] for layer in saes}
         handles = [
-            residual_blocks(model)[layer].register_forward_hook(
+            lab.block(layer).register_forward_hook(
                 lambda _m, _a, out, mine=kept[layer]: mine.append((out[0] if isinstance(out, tuple) else out)[:, -1:].clone())
             )
             for layer in saes
@@ -44,14 +44,13 @@ def released_loop(loaded, saes, prompts: list[str], *, new: int, batch: int = 8)
             handle.remove()
 
 
-def memory(loaded, saes, n: int, *, new: int) -> float:
+def memory(lab, n: int, *, new: int) -> float:
     """Return how much the process's peak memory grows over a pass of n samples that only keeps sums, MB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    sums = {layer: Correlation.empty(sae.W_dec.shape[0], edges=None) for layer, sae in saes.items()}
+    sums = {layer: Correlation.empty(sae.W_dec.shape[0], edges=None) for layer, sae in lab.saes.items()}
+    sampling = Sampling(temperature=0.0, max_new_tokens=new)
     for at in range(0, n, 64):
-        _, pooled = pool_generations(
-            loaded.hf, loaded.tokenizer, questions(n)[at : at + 64], saes, max_new_tokens=new, stop=(), progress=False
-        )
+        _, pooled = pool_generations(lab, questions(n)[at : at + 64], sampling=sampling, work=Work(progress=False))
         for layer, found in sums.items():
             found.update(pooled.z(layer), torch.arange(len(pooled)) % 2)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -68,23 +67,20 @@ def main() -> None:
     args = parser.parse_args()
     chosen = models.preset(args.preset).sae_set().layers
     layers = chosen if len(chosen) <= 6 else chosen[:: len(chosen) // 6][:6]
-    loaded = models.open(args.preset, layers=layers, device=args.device)
-    saes = {layer: loaded.sae(layer) for layer in layers}
+    lab = models.open(args.preset, layers=layers, device=args.device)
     prompts = questions(args.batch)
-    ids = sorted((prompt_ids(loaded.tokenizer, p) for p in prompts), key=len)
+    ids = sorted((prompt_ids(lab.tokenizer, p) for p in prompts), key=len)
     sampling = Sampling(temperature=0.0, max_new_tokens=args.new)
     keys = [tuple(i) for i in ids]
 
     calls = {
         "steerkit.pool_generations, six layers": lambda: pool_generations(
-            loaded.hf, loaded.tokenizer, prompts, saes, max_new_tokens=args.new, stop=(), batch_size=args.batch, progress=False
+            lab, prompts, sampling=sampling, work=Work(args.batch, progress=False)
         ),
-        "the same generation without pooling": lambda: decode(
-            loaded.hf, ids, [], rows=range(len(ids)), arm=keys, shared=keys, sampling=sampling, pad=loaded.tokenizer.pad_token_id or 0
-        ),
-        "released loop": lambda: released_loop(loaded, saes, prompts, new=args.new),
+        "the same generation without pooling": lambda: decode(lab.hf, ids, [], rows=range(len(ids)), arm=keys, sampling=sampling),
+        "released loop": lambda: released_loop(lab, prompts, new=args.new),
     }
-    synchronize = torch.cuda.synchronize if loaded.hf.device.type == "cuda" else lambda: None
+    synchronize = torch.cuda.synchronize if lab.hf.device.type == "cuda" else lambda: None
     rates = rates_by_round(calls, args.batch, rounds=args.rounds, synchronize=synchronize)
     ours = rates["steerkit.pool_generations, six layers"]
     rows = ["| what | samples/s | steerkit / this, median (lowest to highest) |", "|---|---|---|"]
@@ -92,7 +88,7 @@ def main() -> None:
         ratios = [a / b for a, b in zip(ours, each)]
         ratio = "" if each is ours else f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         rows.append(f"| {name} | {statistics.median(each):.2f} | {ratio} |")
-    grown = {n: memory(loaded, saes, n, new=4) for n in args.samples}
+    grown = {n: memory(lab, n, new=4) for n in args.samples}
     about = f"{args.preset}, greedy, {args.new} new tokens, batch {args.batch}, layers {layers}. {device_line()}."
     grew = ", ".join(f"{n:,} samples {mb:.0f} MB" for n, mb in grown.items())
     write_table(f"selection pass, {args.preset}", [about, "", *rows, "", f"Growth of peak memory, sums only, in this order: {grew}."])

@@ -10,10 +10,10 @@ from steerkit.features import residuals
 from steerkit.files import DATA
 from steerkit.methods.sae_ts.approximator import agreement, fit_adam, fit_ridge
 from steerkit.methods.sae_ts.effects import PROMPTS, Scheme, load, text_features, training_vectors
-from steerkit.models import lab as models
+from steerkit.models import load as models
 
 
-def released_scheme(loaded, sae, vectors, scale: float, *, layer: int, samples: int):
+def released_scheme(at, bridge, vectors, scale: float, *, samples: int):
     """One vector at a time, one TransformerBridge.generate call a prompt, then a second pass without the vector."""
     means = []
     for vector in vectors:
@@ -23,29 +23,28 @@ def released_scheme(loaded, sae, vectors, scale: float, *, layer: int, samples: 
 
         total, count = 0, 0
         for prompt in PROMPTS:
-            ids, _ = loaded.tokens([prompt])
-            with loaded.model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", add)]):
+            ids, _ = at.lab.tokens([prompt])
+            with bridge.hooks(fwd_hooks=[(f"blocks.{at.layer}.hook_resid_post", add)]):
                 new = 32 - ids.shape[1]
                 settings = {"max_new_tokens": new, "do_sample": True, "top_k": 50, "top_p": 0.3, "stop_at_eos": False, "verbose": False}
-                texts = loaded.model.generate(ids.repeat(samples, 1), **settings)
+                texts = bridge.generate(ids.repeat(samples, 1), **settings)
             with torch.inference_mode():
-                acts = sae.encode(residuals(loaded.hf, texts, layers=[layer])[layer])
+                acts = at.sae.encode(residuals(at.model, texts, layers=[at.layer])[at.layer])
             total, count = total + acts[:, 1:].sum((0, 1)), count + acts[:, 1:].shape[:2].numel()
         means.append(total / count)
     return torch.stack(means)
 
 
-def table(loaded, *, n: int, slow: int, samples: int, rounds: int) -> list[str]:
+def table(at, bridge, *, n: int, slow: int, samples: int, rounds: int) -> list[str]:
     """Return the rows for one number of samples a prompt: ours with n vectors at once, theirs with `slow` of them."""
-    layer = loaded.preset.primary_layer
-    sae = loaded.sae(layer)
-    vectors = training_vectors(sae.W_dec)[0][:n].to(loaded.hf.device)
+    device = at.model.device
+    vectors = training_vectors(at.sae.W_dec)[0][:n].to(device)
     scales, scheme = torch.full((n,), 60.0), Scheme(samples=samples)
     calls = {
-        "ours": lambda: text_features(loaded.hf, loaded.tokenizer, sae, vectors, scales, layer=layer, scheme=scheme, batch_size=256),
-        "theirs": lambda: released_scheme(loaded, sae, vectors[:slow], 60.0, layer=layer, samples=samples),
+        "ours": lambda: text_features(at, vectors, scales, scheme=scheme, batch_size=256),
+        "theirs": lambda: released_scheme(at, bridge, vectors[:slow], 60.0, samples=samples),
     }
-    found = rates_by_round(calls, 1, rounds=rounds, synchronize=torch.cuda.synchronize if loaded.hf.device.type == "cuda" else lambda: None)
+    found = rates_by_round(calls, 1, rounds=rounds, synchronize=torch.cuda.synchronize if device.type == "cuda" else lambda: None)
     ours, theirs = ([rate * k for rate in found[name]] for name, k in (("ours", n), ("theirs", slow)))
     ratios = sorted(a / b for a, b in zip(ours, theirs))
     middle, low, high = len(ratios) // 2, ratios[0], ratios[-1]
@@ -79,15 +78,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="texts a prompt in the second pair of rows; the paper: 64")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    loaded = models.open(args.preset, device=args.device)
+    at = models.open(args.preset, device=args.device).at()
+    bridge = models.bridge(at.lab)
     rows = ["| what | vectors/s | steerkit / this, median (lowest to highest) |", "|---|---|---|"]
-    rows += table(loaded, n=args.vectors, slow=1, samples=1, rounds=args.rounds)
-    rows += table(loaded, n=4, slow=1, samples=args.samples, rounds=1)
-    shipped = DATA / "effects" / args.preset / f"layer_{loaded.preset.primary_layer}.safetensors"
+    rows += table(at, bridge, n=args.vectors, slow=1, samples=1, rounds=args.rounds)
+    rows += table(at, bridge, n=4, slow=1, samples=args.samples, rounds=1)
+    shipped = DATA / "effects" / args.preset / f"layer_{at.layer}.safetensors"
     if shipped.exists():
         rows += ["", "| fit of the approximator | seconds | held-out R2 | held-out cosine |", "|---|---|---|---|"]
-        rows += fits(shipped, loaded.sae(loaded.preset.primary_layer).W_dec)
-    about = f"{args.preset}, 14 prompts, 32 tokens, SAE of layer {loaded.preset.primary_layer}. {device_line()}."
+        rows += fits(shipped, at.sae.W_dec)
+    about = f"{args.preset}, 14 prompts, 32 tokens, SAE of layer {at.layer}. {device_line()}."
     write_table(f"effects, {args.preset}", [about, "", *rows])
 
 

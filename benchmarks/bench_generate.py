@@ -9,10 +9,10 @@ import time
 import torch
 
 from steerkit.book.report import _device
-from steerkit.engine.generate import Arm, generate
+from steerkit.engine.generate import Arm, Sampling, Work, generate
 from steerkit.engine.steer import Add, steering
 from steerkit.files import ROOT, write_atomic
-from steerkit.models import lab as models
+from steerkit.models import load as models
 
 MARK = "<!-- table: {} -->"
 
@@ -31,31 +31,22 @@ def rates_by_round(calls: dict, tokens: int, *, rounds: int, synchronize) -> dic
     return rates
 
 
-def contenders(loaded, *, batch: int, new: int):
+def contenders(lab, *, batch: int, new: int):
     """Return name -> call: the same model, vector, scale, prompt and number of new tokens for each."""
-    model, tokenizer, layer = loaded.hf, loaded.tokenizer, loaded.preset.primary_layer
-    unit = torch.nn.functional.normalize(torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0)), dim=0)
+    model, layer, bridge = lab.hf, lab.at().layer, models.bridge(lab)
+    unit = torch.nn.functional.normalize(torch.randn(lab.at().d_model, generator=torch.Generator().manual_seed(0)), dim=0)
     scale, prompt = 40.0, "I think"
-    ids, mask = (t.repeat(batch, 1) for t in loaded.tokens([prompt]))
+    ids, mask = (t.repeat(batch, 1) for t in lab.tokens([prompt]))
     device_unit = unit.to(model.device, model.dtype)
     plain = torch.randint(100, 1000, (batch, new), device=model.device)
 
     def ours():
-        generate(
-            model,
-            tokenizer,
-            [prompt],
-            [Arm("v", (Add(layer, unit, scale),), scale)],
-            samples=batch,
-            max_new_tokens=new,
-            top_k=50,
-            batch_size=batch,
-            progress=False,
-        )
+        sampling, work = Sampling(max_new_tokens=new, top_k=50), Work(batch, progress=False)
+        generate(lab, [prompt], [Arm("v", (Add(layer, unit, scale),), scale)], samples=batch, sampling=sampling, work=work)
 
     def hf_generate():
         """Hugging Face generate with the shortest forward hook that adds the vector everywhere."""
-        handle = loaded.block(layer).register_forward_hook(
+        handle = lab.block(layer).register_forward_hook(
             lambda _m, _i, out: (out[0] + scale * device_unit, *out[1:]) if isinstance(out, tuple) else out + scale * device_unit
         )
         try:
@@ -69,8 +60,8 @@ def contenders(loaded, *, batch: int, new: int):
         def add(resid, hook=None):
             return resid + scale * device_unit
 
-        with loaded.model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", add)]):
-            loaded.model.generate(ids[:rows], max_new_tokens=new, do_sample=True, top_k=50, stop_at_eos=False, verbose=False)
+        with bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", add)]):
+            bridge.generate(ids[:rows], max_new_tokens=new, do_sample=True, top_k=50, stop_at_eos=False, verbose=False)
 
     def bridge_by_vector():
         """The same for eight vectors: a hook that adds one vector to the batch takes a call for each."""
@@ -91,10 +82,10 @@ def contenders(loaded, *, batch: int, new: int):
     }
 
 
-def table(loaded, *, batch: int, new: int, rounds: int) -> list[str]:
+def table(lab, *, batch: int, new: int, rounds: int) -> list[str]:
     """Return the rows of the table; a ratio is the median over rounds of the ratio within a round."""
-    synchronize = torch.cuda.synchronize if loaded.hf.device.type == "cuda" else lambda: None
-    rates = rates_by_round(contenders(loaded, batch=batch, new=new), batch * new, rounds=rounds, synchronize=synchronize)
+    synchronize = torch.cuda.synchronize if lab.hf.device.type == "cuda" else lambda: None
+    rates = rates_by_round(contenders(lab, batch=batch, new=new), batch * new, rounds=rounds, synchronize=synchronize)
     ours = rates["steerkit.engine.generate"]
     rows = ["| what | tokens/s | steerkit / this, median (lowest to highest) |", "|---|---|---|"]
     for name, rate in rates.items():
@@ -104,14 +95,11 @@ def table(loaded, *, batch: int, new: int, rounds: int) -> list[str]:
     return rows
 
 
-def with_receipt(loaded) -> str:
+def with_receipt(lab) -> str:
     """Return the receipt of a short steered call, so that the numbers above are known to be of steered text."""
-    ids, mask = loaded.tokens(["I think"])
-    with (
-        steering(loaded.hf, Add(loaded.preset.primary_layer, torch.ones(loaded.hf.config.hidden_size), 1.0)) as receipt,
-        torch.inference_mode(),
-    ):
-        loaded.hf(input_ids=ids, attention_mask=mask)
+    (ids, mask), at = lab.tokens(["I think"]), lab.at()
+    with steering(lab, Add(at.layer, torch.ones(at.d_model), 1.0)) as receipt, torch.inference_mode():
+        lab.hf(input_ids=ids, attention_mask=mask)
     return receipt.summary(0)
 
 
@@ -139,13 +127,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    loaded = models.open(args.preset, device=args.device, dtype=args.dtype)
-    rows = table(loaded, batch=args.batch, new=args.new, rounds=args.rounds)
-    settings = (
-        f"{args.preset}, {args.dtype}, batch {args.batch}, {args.new} new tokens, top-k 50, vector at layer {loaded.preset.primary_layer}"
-    )
+    lab = models.open(args.preset, device=args.device, dtype=args.dtype)
+    rows = table(lab, batch=args.batch, new=args.new, rounds=args.rounds)
+    settings = f"{args.preset}, {args.dtype}, batch {args.batch}, {args.new} new tokens, top-k 50, vector at layer {lab.at().layer}"
     about = f"{settings}. {device_line()}. Medians of {args.rounds} rounds, in which all take turns."
-    write_table(args.preset, [about, "", *rows, "", f"Proof of steering: {with_receipt(loaded)}"])
+    write_table(args.preset, [about, "", *rows, "", f"Proof of steering: {with_receipt(lab)}"])
 
 
 if __name__ == "__main__":

@@ -5,19 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
-from safetensors import safe_open
-from safetensors.torch import save as to_bytes
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from steerkit.engine.lab import Lab, Place
 from steerkit.files import resolve, write_atomic
 from steerkit.methods.sae_ts.approximator import budget
 from steerkit.methods.sae_ts.calibrate import calibrate, calibration_rows
 from steerkit.methods.sae_ts.effects import Effects, Scheme, measure, save, training_vectors, unsteered
 from steerkit.models.jumprelu import JumpReLU
-from steerkit.models.lab import load_model, preset
+from steerkit.models.load import load_model, preset
 from steerkit.models.saes import load_sae
-from steerkit.store import fingerprint
+from steerkit.store import Parts, Work, fingerprint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,30 +40,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--n-shards", type=int, default=1)
     parser.add_argument("--ship", help="once all blocks are there, write them to this file")
     args = parser.parse_args(argv)
+    at = _place(args)
+    vectors, held = (t[: args.first] for t in training_vectors(at.sae.W_dec))
+    ids = calibration_rows(at.tokenizer, resolve(args.text).read_text(encoding="utf-8"), rows=args.text_rows)
+    folder, scheme = Path(args.out), Scheme(samples=args.samples)
+    blocks = range(0, len(vectors), args.block)
+    jobs = [(start, repeat) for start in blocks for repeat in range(args.repeats if start < held.sum() else 1)]
+    base = unsteered(at, scheme, Work(args.batch_size, folder / "baseline"))
+    found: dict[int, list[Effects]] = {}
+    for start, repeat in jobs[args.shard :: args.n_shards]:
+        block = vectors[start : start + args.block]
+        scales = _scales(folder, f"scales-{start:06d}", at, ids, block, args)
+        noise = replace(scheme, sampling=replace(scheme.sampling, seed=1000 * repeat + start))
+        work = Work(args.batch_size, folder / f"block-{start:06d}-{repeat}")
+        found.setdefault(repeat, []).append(measure(at, block, scales, scheme=noise, baseline=base, work=work))
+    if args.ship and args.n_shards == 1:
+        about = {"preset": at.preset, "layer": at.layer, "vectors": "training_vectors", "rise": args.rise, "text": args.text}
+        about |= {"text_rows": args.text_rows, "dtype": str(at.model.dtype).removeprefix("torch.")}
+        about |= {"prompts": len(scheme.prompts), "samples": scheme.samples}
+        _ship(resolve(args.ship), {repeat: _join(blocks, base) for repeat, blocks in found.items()}, held, about)
+
+
+def _place(args) -> Place:
+    """Open the model, and the one SAE that is asked for."""
     spec = preset(args.preset)
     layer = spec.primary_layer if args.layer is None else args.layer
     model, tokenizer = load_model(spec, device=args.device, dtype=args.dtype)
     sae = JumpReLU(args.saes / f"layer_{layer}", model.device) if args.saes else load_sae(spec, spec.sae_set(), layer, hf=model)
-    vectors, held = (t[: args.first] for t in training_vectors(sae.W_dec))
-    ids = calibration_rows(tokenizer, resolve(args.text).read_text(encoding="utf-8"), rows=args.text_rows)
-    folder, scheme = Path(args.out), Scheme(outlier=spec.outlier, samples=args.samples)
-    blocks = range(0, len(vectors), args.block)
-    jobs = [(start, repeat) for start in blocks for repeat in range(args.repeats if start < held.sum() else 1)]
-    calm = {"scheme": replace(scheme, samples=64), "batch_size": args.batch_size, "out": folder / "baseline"}
-    base = unsteered(model, tokenizer, sae, layer=layer, **calm)
-    found: dict[int, list[Effects]] = {}
-    for start, repeat in jobs[args.shard :: args.n_shards]:
-        block = vectors[start : start + args.block]
-        scales = _scales(folder / f"scales-{start:06d}.safetensors", model, ids, block, layer, args)
-        noise = replace(scheme, sampling=replace(scheme.sampling, seed=1000 * repeat + start))
-        settings = {"layer": layer, "baseline": base, "scheme": noise, "batch_size": args.batch_size}
-        measured = measure(model, tokenizer, sae, block, scales, out=folder / f"block-{start:06d}-{repeat}", **settings)
-        found.setdefault(repeat, []).append(measured)
-    if args.ship and args.n_shards == 1:
-        about = {"preset": spec.name, "layer": layer, "vectors": "training_vectors", "rise": args.rise, "text": args.text}
-        about |= {"text_rows": args.text_rows, "dtype": str(model.dtype).removeprefix("torch.")}
-        about |= {"prompts": len(scheme.prompts), "samples": scheme.samples}
-        _ship(resolve(args.ship), {repeat: _join(blocks, base) for repeat, blocks in found.items()}, held, about)
+    return Lab(spec, model, tokenizer, {layer: sae}).at(layer)
 
 
 def _join(blocks: list[Effects], baseline: Tensor) -> Effects:
@@ -82,16 +85,18 @@ def _ship(path: Path, found: dict[int, Effects], held: Bool[Tensor, " n"], about
     write_atomic(path.parent / "budget.csv", table.to_csv(index=False, float_format="%.4f"))
 
 
-def _scales(path: Path, model, ids, vectors, layer: int, args) -> Float[Tensor, " n"]:
+def _scales(
+    folder: Path, name: str, at: Place, ids: Int[Tensor, "rows pos"], vectors: Float[Tensor, "n d_model"], args
+) -> Float[Tensor, " n"]:
     """Return calibrated scales, extrapolated ones cut at twice the grid's end; kept in a file named by what determines them."""
     grid = tuple(range(0, 201, 40))
-    path = path.with_stem(f"{path.stem}-{fingerprint(model, ids, vectors, layer, args.rise, grid, args.batch_size)}")
-    if not path.exists():
-        scales, beyond, _ = calibrate(model, ids, vectors, layer=layer, rise=args.rise, grid=grid, batch_size=args.batch_size)
-        scales = torch.where(scales > 0, scales, float("inf")).clamp(1.0, 2.0 * grid[-1])
-        write_atomic(path, to_bytes({"scales": scales, "beyond": beyond}))
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("scales")
+    key = fingerprint(at.model, ids, vectors, at.layer, args.rise, grid, args.batch_size)
+    store, name = Parts(folder, key), f"{name}-{key}"
+    if (kept := store.get(name)) is None:
+        scales, beyond, _ = calibrate(at, ids, vectors, rise=args.rise, grid=grid, batch_size=args.batch_size)
+        kept = {"scales": torch.where(scales > 0, scales, float("inf")).clamp(1.0, 2.0 * grid[-1]), "beyond": beyond}
+        store.put(name, kept)
+    return kept["scales"]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The whole queue on one big GPU: SAEs, effects, scores, in this order, each resumable: `python -m recipes.gpu`.
 
-Needs torch, transformers, numpy, pandas, safetensors, jaxtyping, PyYAML, scikit-learn, scipy, gguf; no sae_lens, no network
-once the model is in $STEERKIT_CACHE. A step that was cut off goes on, one that is done is passed over. `--pack FOLDER
+Needs torch, transformers, numpy, pandas, safetensors, jaxtyping, PyYAML, pydantic, scikit-learn, scipy, gguf; no sae_lens, no
+network once the model is in $STEERKIT_CACHE. A step that was cut off goes on, one that is done is passed over. `--pack FOLDER
 --part N` then writes a part of the results as numbered files of at most 15 MiB, four a call; `cat results-* | tar x` puts
 them together again.
 """
@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from recipes import effects as measure_effects
+from recipes import saes
 from recipes import scores as score_features
 from steerkit.files import write_atomic
-from steerkit.training import train
 
 PIECE, AT_ONCE = 15 << 20, 4
 SAES = ("3", "8", "13:8192", "18", "23", "28")
@@ -24,7 +24,7 @@ SAES = ("3", "8", "13:8192", "18", "23", "28")
 
 def steps(args: argparse.Namespace) -> dict[str, tuple[float, Callable[[], None]]]:
     """Return the steps by name: minutes that it should take on an H100, and what to call."""
-    device, out, work = ("--device", args.device), args.work / "results", args.work
+    preset, device, out, work = ("--preset", args.preset), ("--device", args.device), args.work / "results", args.work
     text = ("--dataset", args.dataset, "--tokens", str(args.tokens), "--doc-tokens", "100000")
     size = ("--batch", str(args.batch), "--block-rows", str(args.block_rows), "--llm-batch", str(args.llm_batch))
     fast = ("--compile",) if args.compile else ()
@@ -35,12 +35,12 @@ def steps(args: argparse.Namespace) -> dict[str, tuple[float, Callable[[], None]
     return {
         "saes": (
             5.0,
-            lambda: train.main(
-                [args.preset, *text, *size, *fast, *device, "--work", str(work), "--out", str(out / "saes"), "--saes", *args.saes]
+            lambda: saes.main(
+                ["train", *preset, *text, *size, *fast, *device, "--work", str(work), "--out", str(out / "saes"), "--saes", *args.saes]
             ),
         ),
-        "effects": (4.0, lambda: measure_effects.main(["--preset", args.preset, *effects, *amount, *device])),
-        "scores": (2.0, lambda: score_features.main(["--preset", args.preset, *scores, *rows, *device])),
+        "effects": (4.0, lambda: measure_effects.main([*preset, *effects, *amount, *device])),
+        "scores": (2.0, lambda: score_features.main([*preset, *scores, *rows, *device])),
     }
 
 

@@ -3,13 +3,14 @@
 import gzip
 import json
 import logging
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import yaml
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
 
-from steerkit.concepts import concepts
+from steerkit.concept import concepts
 from steerkit.files import DATA
 from steerkit.judges import coherence, concept, refusal
 from steerkit.store import fingerprint
@@ -31,8 +32,6 @@ def rows(path: Path) -> list[dict]:
 
 def logistic(x: np.ndarray, y: np.ndarray, *, c: float, weight=None, rows=None):
     """Return (weights, intercept) of an L2 logistic regression."""
-    from sklearn.linear_model import LogisticRegression
-
     fitted = LogisticRegression(C=c, class_weight=weight, max_iter=5000).fit(x, y, sample_weight=rows)
     return fitted.coef_[0], float(fitted.intercept_[0])
 
@@ -58,13 +57,9 @@ def fit_concept() -> dict:
 def fit_refusal_parts(texts: list[str], y: np.ndarray, weight: np.ndarray) -> dict:
     """Return the two logistic regressions of the refusal judge: on the cues, and on the opening's n-grams."""
     w, b = logistic(refusal.cues(texts), y, c=C_CUES, weight="balanced", rows=weight)
-    sets = [refusal.ngrams(text) for text in texts]
-    seen = Counter(g for found in sets for g in found)
-    vocabulary = sorted(g for g, count in seen.items() if count >= MIN_TEXTS)
-    column = {g: i for i, g in enumerate(vocabulary)}
-    x = np.zeros((len(texts), len(vocabulary)))
-    for row, found in zip(x, sets, strict=True):
-        row[[column[g] for g in found if g in column]] = 1.0
+    opening = CountVectorizer(analyzer=refusal.ngrams, min_df=MIN_TEXTS, dtype=np.float64)
+    x = opening.fit_transform(texts).toarray()
+    vocabulary = opening.get_feature_names_out()
     v, c = logistic(x, y, c=C_NGRAMS, weight="balanced", rows=weight)
     heaviest = sorted(np.argsort(-np.abs(v))[:MAX_NGRAMS])
     return {

@@ -8,28 +8,26 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import mannwhitneyu, spearmanr
+from sklearn.model_selection import GroupKFold
 
 from recipes import judge_fitting as fitting
-from steerkit.concepts import concepts
+from steerkit.concept import concepts
 from steerkit.files import DATA, write_atomic
 from steerkit.judges import coherence, concept, refusal
 from steerkit.stats import Interval, bootstrap
 
 
 def auroc(pairs: np.ndarray) -> float:
-    """Return the AUROC of scores (column 0) for labels (column 1); 0.5 where only one label is there."""
-    from scipy.stats import rankdata
-
-    ranks, positive = rankdata(pairs[:, 0]), pairs[:, 1] > 0
-    n, m = int(positive.sum()), int((~positive).sum())
-    return (ranks[positive].sum() - n * (n + 1) / 2) / (n * m) if n and m else 0.5
+    """Return the AUROC of scores (column 0) for labels (column 1); the mean over topics where more such pairs of columns follow."""
+    positive = pairs[:, 1] > 0  # of all topics
+    wins = mannwhitneyu(pairs[positive, ::2], pairs[~positive, ::2], method="asymptotic").statistic
+    return float(wins.mean() / (positive.sum() * (~positive).sum()))
 
 
 def spearman(pairs: np.ndarray) -> float:
     """Return Spearman's rank correlation of two columns."""
-    from scipy.stats import rankdata
-
-    return float(np.corrcoef(rankdata(pairs[:, 0]), rankdata(pairs[:, 1]))[0, 1])
+    return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
 
 
 def save(name: str, content: dict) -> None:
@@ -61,10 +59,8 @@ def concept_table(embedders: dict) -> list[tuple[str, Interval]]:
             scores.setdefault(name, []).append(np.c_[s, y])
         table.append((f"concept {target.name}", bootstrap(scores["judge"][-1], auroc)))
     for name, pairs in scores.items():
-        # one row holds the i-th sentence of every topic: rows are drawn, and the mean is taken over topics
-        stacked = np.concatenate(pairs, axis=1)
-        by_topic = lambda z: float(np.mean([auroc(z[:, i : i + 2]) for i in range(0, z.shape[1], 2)]))  # noqa: E731
-        table.append((f"concept, mean of topics, {name}", bootstrap(stacked, by_topic)))
+        # one row holds the i-th sentence of every topic, labelled alike: rows are drawn
+        table.append((f"concept, mean of topics, {name}", bootstrap(np.concatenate(pairs, axis=1), auroc)))
     return table
 
 
@@ -96,8 +92,6 @@ def refusal_table(data: list[dict]) -> list[tuple[str, Interval]]:
 
 def coherence_folds(names: list[str], x: np.ndarray, y: np.ndarray, groups: np.ndarray, own: tuple) -> np.ndarray:
     """Return scores from judges fitted without the text's group (SAE feature), in ten folds."""
-    from sklearn.model_selection import GroupKFold
-
     p = np.zeros(len(y))
     for seen, unseen in GroupKFold(10).split(x, y, groups):
         p[unseen] = coherence.expected_fluency(fitting.fit_coherence(names, x[seen], y[seen], own), x[unseen])
@@ -132,12 +126,12 @@ def main(arguments: list[str] | None = None) -> int:
     table += refusal_table(completions)
     save("refusal", fitting.fit_refusal(completions))
 
-    from steerkit.models import lab as models
+    from steerkit.models import load as models
 
-    opened, data = models.open("smollm2-135m"), fitting.rows(labelled / "fluency_dev.jsonl.gz")
-    names, x = fitting.labelled_features(opened.hf, opened.tokenizer, [row["text"] for row in data], options.cache)
+    lab, data = models.open("smollm2-135m"), fitting.rows(labelled / "fluency_dev.jsonl.gz")
+    names, x = fitting.labelled_features(lab.hf, lab.tokenizer, [row["text"] for row in data], options.cache)
     y, groups = np.array([row["fluency"] for row in data]), np.array([row["feature"] for row in data])
-    own = fitting.anchor_features(opened.hf, opened.tokenizer)
+    own = fitting.anchor_features(lab.hf, lab.tokenizer)
     table += coherence_table(names, x, y, groups, own)
     save("coherence", fitting.fit_coherence(names, x, y, own))
 

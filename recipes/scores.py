@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from steerkit.engine.lab import Lab
 from steerkit.files import resolve, write_table
 from steerkit.methods.output_scores.inputs import collect, input_scores
 from steerkit.methods.output_scores.score import lens_tokens, output_scores
 from steerkit.methods.output_scores.success import cooccurrence, sample_features
+from steerkit.models import load as models
 from steerkit.models.jumprelu import JumpReLU
-from steerkit.models.lab import load_model, preset
-from steerkit.models.saes import load_sae
 from steerkit.training.harvest import token_rows
 
 
@@ -29,31 +29,32 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sample", type=int, default=100, help="features of each layer whose token pairs are counted")
     parser.add_argument("--out", required=True)
     args = parser.parse_args(argv)
-    spec, out = preset(args.preset), resolve(args.out)
-    model, tokenizer = load_model(spec, device=args.device)
-    chosen = spec.sae_set()
-    layers = args.layers or (sorted(int(p.name[6:]) for p in args.saes.glob("layer_*")) if args.saes else chosen.layers)
-    own = lambda layer: JumpReLU(args.saes / f"layer_{layer}", model.device)  # noqa: E731
-    saes = {layer: own(layer) if args.saes else load_sae(spec, chosen, layer, hf=model) for layer in layers}
-    lens = {layer: lens_tokens(model, sae.W_dec) for layer, sae in saes.items()}
-    text = lambda n: islice(token_rows(args.text, tokenizer), n)  # noqa: E731
+    spec, out = models.preset(args.preset), resolve(args.out)
+    if args.saes:
+        layers = args.layers or sorted(int(p.name[6:]) for p in args.saes.glob("layer_*"))
+        model, tokenizer = models.load_model(spec, device=args.device)
+        lab = Lab(spec, model, tokenizer, {layer: JumpReLU(args.saes / f"layer_{layer}", model.device) for layer in layers})
+    else:
+        lab = models.open(spec, layers=args.layers or spec.layers, device=args.device)
+    lens = {layer: lens_tokens(lab.hf, sae.W_dec) for layer, sae in lab.saes.items()}
+    text = lambda n: islice(token_rows(args.text, lab.tokenizer), n)  # noqa: E731
     tables, paper = [], {"prompt": "In my experience,", "subtract": True, "keep_error": False}
-    for layer, sae in saes.items():
-        ours, theirs = (output_scores(model, tokenizer, sae, layer=layer, lens=lens[layer], **how) for how in ({}, paper))
+    for layer in lab.saes:
+        ours, theirs = (output_scores(lab.at(layer), lens=lens[layer], **how) for how in ({}, paper))
         tables.append(
             {"layer": layer, "feature": ours.features, "s_out": ours.score, "rank": ours.rank, "unsteered": ours.unsteered,
              "confidence": ours.confidence, "s_out_paper": theirs.score}
         )  # fmt: skip
-    records = collect(model, tokenizer, saes, text(args.rows), outlier=spec.outlier)
+    records = collect(lab, text(args.rows))
     for table in tables:
         table["s_in"], table["records"] = input_scores(lens[table["layer"]], records[table["layer"]].tokens)
     scores = pd.concat([pd.DataFrame(table) for table in tables])
     write_table(out / "scores.csv.gz", scores)
     pairs = [
-        (layer, f, int(lens[layer][f, 0]), int(t)) for layer, sae in saes.items()
+        (layer, f, int(lens[layer][f, 0]), int(t)) for layer, sae in lab.saes.items()
         for f in sample_features(sae.W_dec.shape[0], args.sample) for t in lens[layer][f, 1:]
     ]  # fmt: skip
-    n, counts = cooccurrence((row.tolist() for row in text(args.pair_rows)), [pair[2:] for pair in pairs], len(tokenizer))
+    n, counts = cooccurrence((row.tolist() for row in text(args.pair_rows)), [pair[2:] for pair in pairs], len(lab.tokenizer))
     found = pd.DataFrame(pairs, columns=["layer", "feature", "top", "other"]).assign(rows=n)
     found[["n_top", "n_other", "n_both"]] = counts
     write_table(out / "pairs.csv.gz", found)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from steerkit.engine.lab import Lab, Place
 from steerkit.engine.memory import halving
 from steerkit.engine.packed import packed_linears
 from steerkit.engine.steer import eager, residual_blocks
@@ -90,15 +91,23 @@ def token_batches(tokenizer, texts: Iterable[str], *, batch_size: int = 32, max_
         )
 
 
+def read(
+    at: Place, ids: Int[Tensor, "batch pos"], mask: Tensor | None = None, *, include_first: bool = False
+) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"]]:
+    """Return the residual stream at a place, and the positions that count there: the ordinary ones, or all real ones."""
+    ids = ids.to(at.model.device)
+    mask = torch.ones_like(ids) if mask is None else mask.to(ids)
+    found = residuals(at.model, ids, mask, layers=[at.layer])
+    special, resid = at.tokenizer.all_special_ids, found[at.layer]
+    keep = mask.bool() if include_first else ordinary_positions(ids, mask, found, special=special, outlier=at.outlier)
+    return resid, keep.to(resid.device)
+
+
 @torch.inference_mode()
 def feature_means(
-    model: nn.Module,
-    tokenizer,
-    sae,
+    at: Place,
     texts: Iterable[str],
     *,
-    layer: int,
-    outlier: float = 10.0,
     include_first: bool = False,
     batch_size: int = 32,
     max_tokens: int = 128,
@@ -108,16 +117,15 @@ def feature_means(
     include_first=True averages over all positions, the beginning-of-text token included, as FGAA section 3.1 does. Where
     that token's activations are many times the others', prompt length would become the main difference between texts.
 
-    >>> feature_means(model, tokenizer, sae, ["I love you."], layer=13).shape    # doctest: +SKIP
+    >>> feature_means(lab.at(13), ["I love you."]).shape    # doctest: +SKIP
     torch.Size([1, 4096])
     """
+    sae = at.sae
 
     def means(part: Sequence[str]) -> Float[Tensor, "some d_sae"]:
-        ((ids, mask),) = token_batches(tokenizer, part, batch_size=len(part), max_tokens=max_tokens)
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        resid = residuals(model, ids, mask, layers=[layer])
-        keep = mask.bool() if include_first else ordinary_positions(ids, mask, resid, special=tokenizer.all_special_ids, outlier=outlier)
-        acts = sae.encode(resid[layer].to(sae.W_dec.device, sae.dtype))
+        ((ids, mask),) = token_batches(at.tokenizer, part, batch_size=len(part), max_tokens=max_tokens)
+        resid, keep = read(at, ids, mask, include_first=include_first)
+        acts = sae.encode(resid.to(sae.W_dec.device, sae.dtype))
         keep = keep.to(acts.device)
         return ((acts * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp_min(1)).cpu()
 
@@ -155,10 +163,10 @@ def lens_logits(model: nn.Module, directions: Float[Tensor, "n d_model"], *, chu
 
 
 @torch.inference_mode()
-def logit_lens(model: nn.Module, tokenizer, direction: Float[Tensor, " d_model"], *, k: int = 10) -> list[tuple[str, float]]:
+def logit_lens(lab: Lab, direction: Float[Tensor, " d_model"], *, k: int = 10) -> list[tuple[str, float]]:
     """Return the k tokens that a direction raises most, with their logits (`lens_logits`)."""
-    top = next(lens_logits(model, direction[None]))[0].topk(k)
-    return [(tokenizer.decode([i]), float(v)) for i, v in zip(top.indices.tolist(), top.values)]
+    top = next(lens_logits(lab.hf, direction[None]))[0].topk(k)
+    return [(lab.tokenizer.decode([i]), float(v)) for i, v in zip(top.indices.tolist(), top.values)]
 
 
 @torch.inference_mode()

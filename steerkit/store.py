@@ -1,4 +1,4 @@
-"""What is kept on disk: one key for everything that determines a result, and finished rows, so that what was cut off carries on."""
+"""What is kept on disk: one key for all that determines a result, and finished rows and parts, so that what was cut off carries on."""
 
 import dataclasses
 import hashlib
@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from steerkit.inputs import jsonable
+from steerkit.files import write_atomic
+from steerkit.inputs import Whole, jsonable, whole
 from steerkit.progress import bar
 
 # Where a model was found, on what it runs and who wrote it do not change what it computes.
@@ -81,6 +84,36 @@ def _tensor(digest, value: Tensor) -> None:
     digest.update(octets.cpu().numpy().tobytes())
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How a long piece of work is done: rows that run together (None: the function's own number), where finished parts stay, a bar.
+
+    out: a file or folder, as the function says; "{key}" in it becomes a hash of all that determines the result. A batch that
+    does not fit in memory is halved. Raises ValueError for a batch size below 1.
+    """
+
+    batch_size: Whole | None = None
+    out: str | Path | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            object.__setattr__(self, "batch_size", whole("batch_size", self.batch_size))
+            if self.batch_size < 1:
+                raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
+
+    def rows(self, default: int) -> int:
+        """Return the batch size, or the function's own."""
+        return self.batch_size or default
+
+    def path(self, key: str, name: str | None = None) -> str | None:
+        """Return `out` with the key filled in, and `name` below it where it is a folder; None where nothing is kept."""
+        if self.out is None:
+            return None
+        path = Path(str(self.out).replace("{key}", key))
+        return str(path / name if name else path)
+
+
 class Journal:
     """Finished rows in a .jsonl file: a first line with the key of the run, then one row a line; a torn last line is dropped."""
 
@@ -119,6 +152,35 @@ class Journal:
             with self.path.open("ab") as file:
                 file.write(b"".join(json.dumps(row, default=jsonable).encode() + b"\n" for row in rows))
                 file.flush()
+
+
+class Parts:
+    """Finished parts of a run in a folder, one safetensors file each, with the run's key; without a folder nothing is kept."""
+
+    def __init__(self, folder: str | Path | None, key: str):
+        self.folder, self.key = Path(folder) if folder else None, key
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """Return the tensors of a part, None where it is not there; ValueError for a part of another run, or a damaged one."""
+        if self.folder is None or not (path := self._path(name)).exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                key, found = (file.metadata() or {}).get("key"), {tensor: file.get_tensor(tensor) for tensor in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: expected a finished part of a run, got {error}: delete it") from error
+        if key != self.key:
+            raise ValueError(f"{path} holds another run (key {key}, this one is {self.key}): delete it or choose another `out`")
+        return found
+
+    def put(self, name: str, tensors: Mapping[str, Tensor | np.ndarray], **metadata) -> None:
+        """Write a part, whole or not at all; metadata is for who opens the file."""
+        if self.folder is not None:
+            about = {"key": self.key} | {label: json.dumps(value, default=jsonable) for label, value in metadata.items()}
+            write_atomic(self._path(name), to_bytes({label: torch.as_tensor(t).contiguous() for label, t in tensors.items()}, about))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
 
 def score_texts(

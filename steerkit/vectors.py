@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from steerkit.engine.edits import Ablate, Add
-from steerkit.features import ordinary_positions, residuals, token_batches
+from steerkit.engine.lab import Place
+from steerkit.features import read, token_batches
 from steerkit.files import write_atomic
 from steerkit.inputs import Array, Number, Whole, jsonable, number, strings, tensor, whole
 
@@ -130,7 +131,7 @@ class SteeringVector:
             raise ValueError(f"{path}: expected a steering vector written by SteeringVector.save, got {error}: make it again") from error
 
 
-def sae_row(sae, features: Whole | Tensor | Iterable | Mapping, *, layer: Whole, preset: str, name: str | None = None) -> SteeringVector:
+def sae_row(at: Place, features: Whole | Tensor | Iterable | Mapping, *, name: str = "SAE row") -> SteeringVector:
     """Return the SAE decoder row of a feature, or the weighted sum of several, normalised (SAE-TS section 5, baseline "SAE").
 
     v = norm(sum_i w_i W_dec[i]). features: one, several of weight 1, or weights by feature (a dict or a pandas Series).
@@ -139,60 +140,42 @@ def sae_row(sae, features: Whole | Tensor | Iterable | Mapping, *, layer: Whole,
         weights = {whole("features", i): number("features", w) for i, w in features.items()}
     else:
         weights = {whole("features", i): 1.0 for i in (features if np.ndim(features) else [features])}
-    d_sae = sae.W_dec.shape[0]
+    W_dec = at.sae.W_dec.detach()
+    d_sae = len(W_dec)
     if bad := [i for i in weights if not 0 <= i < d_sae]:
         raise ValueError(f"features: expected 0 to {d_sae - 1}, got {bad}")
-    direction = sum(w * sae.W_dec[i].detach() for i, w in weights.items())
-    return SteeringVector(
-        name or "SAE row",
-        direction,
-        layer,
-        preset,
-        {"method": "sae_row", "features": {str(k): v for k, v in weights.items()}},
-    )
+    direction = sum(w * W_dec[i] for i, w in weights.items())
+    made = {"method": "sae_row", "features": {str(k): v for k, v in weights.items()}}
+    return SteeringVector(name, direction, at.layer, at.preset, made)
 
 
 def caa(
-    model: nn.Module,
-    tokenizer,
-    positive: Iterable[str],
-    negative: Iterable[str],
-    *,
-    layer: Whole,
-    preset: str,
-    name: str = "CAA",
-    outlier: float = 10.0,
-    include_first: bool = False,
+    at: Place, contrast: tuple[Iterable[str], Iterable[str]], *, name: str = "CAA", include_first: bool = False
 ) -> SteeringVector:
     """Return the contrastive activation vector: mean over positive prompts minus mean over negative prompts, normalised.
 
     v = norm(mean_p mean_t h[t] - mean_n mean_t h[t]), as SAE-TS computes it, over each prompt's ordinary positions.
     SAE-TS averages over the beginning-of-text token too (include_first=True). Where that token's norm is a hundred
     times the others', as in the embedded model, it would turn prompt length into the main difference; hence the default.
+    contrast: the positive and the negative prompts, such as a concept's `contrast`.
     """
-    layer = whole("layer", layer)
-    positive, negative = strings("positive", positive), strings("negative", negative)
+    positive, negative = (strings(side, prompts) for side, prompts in zip(("positive", "negative"), contrast, strict=True))
     if not positive or not negative:
         raise ValueError(f"expected at least one positive and one negative prompt, got {len(positive)} and {len(negative)}")
 
     def mean(prompts: list[str]) -> Float[Tensor, " d_model"]:
         total = []
-        for ids, mask in token_batches(tokenizer, prompts):
-            ids, mask = ids.to(model.device), mask.to(model.device)
-            resid = residuals(model, ids, mask, layers=[layer])
-            keep = (
-                mask.bool() if include_first else ordinary_positions(ids, mask, resid, special=tokenizer.all_special_ids, outlier=outlier)
-            )
-            read, keep = resid[layer].float(), keep.to(resid[layer].device)
-            total.append((read * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp_min(1))
+        for ids, mask in token_batches(at.tokenizer, prompts):
+            resid, keep = read(at, ids, mask, include_first=include_first)
+            total.append((resid.float() * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp_min(1))
         return torch.cat(total).mean(0)
 
     made = {"method": "caa", "positive": len(positive), "negative": len(negative), "include_first": include_first}
-    return SteeringVector(name, mean(positive) - mean(negative), layer, preset, made)
+    return SteeringVector(name, mean(positive) - mean(negative), at.layer, at.preset, made)
 
 
-def random_direction(d_model: int, *, layer: Whole, preset: str, seed: Whole = 0) -> SteeringVector:
+def random_direction(at: Place, *, seed: Whole = 0) -> SteeringVector:
     """Return a direction drawn uniformly from the sphere: the control of equal norm."""
     seed = whole("seed", seed)
-    draw = torch.randn(d_model, generator=torch.Generator().manual_seed(seed))
-    return SteeringVector("random direction", draw, layer, preset, {"method": "random", "seed": seed})
+    draw = torch.randn(at.d_model, generator=torch.Generator().manual_seed(seed))
+    return SteeringVector("random direction", draw, at.layer, at.preset, {"method": "random", "seed": seed})

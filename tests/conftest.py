@@ -45,6 +45,14 @@ def seed() -> int:
     return 0
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """An empty hub cache, and no way to the hub."""
+    import tiny
+
+    return tiny.offline_hub(monkeypatch, tmp_path / "hub")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder beside the project with texts that are not part of it; tests that need it skip without it."""

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import tiny
 import torch
 
 from steerkit.methods.sae_ts.approximator import (
@@ -21,11 +22,14 @@ from steerkit.methods.sae_ts.approximator import (
 )
 from steerkit.vectors import SteeringVector
 
-PLACE = {"layer": 1, "preset": "none"}
-
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def at():
+    return tiny.lab(saes={}).at(1)
 
 
 @pytest.fixture
@@ -37,10 +41,11 @@ def cosine(a, b):
     return float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
 
 
-def test_one_feature_gives_equation_3_and_norm_one(some):
+def test_one_feature_gives_equation_3_and_norm_one(some, at):
     column, shared = some.M[:, 7].double(), (some.M.double() @ some.b.double())
     s = column / column.norm() - shared / shared.norm()
-    got = aim(some, target(7, 40), **PLACE)
+    got = aim(some, at, 7)
+    assert (got.layer, got.preset, got.made["target"]) == (1, "tiny", {"7": 1.0})
     torch.testing.assert_close(got.direction.double(), s / s.norm(), rtol=1e-5, atol=1e-6)
     assert got.direction.norm().item() == pytest.approx(1, abs=1e-6)
     c = cosine(column, shared)
@@ -49,40 +54,43 @@ def test_one_feature_gives_equation_3_and_norm_one(some):
     assert s.norm().item() == pytest.approx(math.sqrt(2 - 2 * c), abs=1e-6)
 
 
-def test_strength_zero_is_the_column_and_scale_never_matters(some):
-    torch.testing.assert_close(aim(some, target(3, 40), strength=0.0, **PLACE).direction, unit(some.M[:, 3]))
-    one = aim(some, target(3, 40), **PLACE)
-    for other in (aim(some, 7 * target(3, 40), **PLACE), aim(Approximator(some.M, 5 * some.b), target(3, 40), **PLACE)):
+def test_strength_zero_is_the_column_and_scale_never_matters(some, at):
+    torch.testing.assert_close(aim(some, at, 3, strength=0.0).direction, unit(some.M[:, 3]))
+    one = aim(some, at, 3)
+    for other in (aim(some, at, 7 * target(3, 40)), aim(Approximator(some.M, 5 * some.b), at, 3)):
         assert one.cosine(other) == pytest.approx(1, abs=1e-6)
     flipped = unit(unit(some.M[:, 3]) + unit(some.Mb))
-    torch.testing.assert_close(aim(Approximator(some.M, -some.b), target(3, 40), **PLACE).direction, flipped)
+    torch.testing.assert_close(aim(Approximator(some.M, -some.b), at, 3).direction, flipped)
 
 
-def test_orthogonal_targets_share_a_cosine_of_one_half():
+def test_orthogonal_targets_share_a_cosine_of_one_half(at):
     """Both contain -Mb: columns orthogonal to each other and to Mb give 0.5 whatever the features mean."""
     M = torch.zeros(5, 3)
     M[0, 0], M[1, 1], M[2, 2] = 2.0, 3.0, 4.0
     flat = Approximator(M, torch.tensor([0.0, 0.0, 1.0]))
-    assert aim(flat, target(0, 3), **PLACE).cosine(aim(flat, target(1, 3), **PLACE)) == pytest.approx(0.5, abs=1e-6)
-    mixed = aim(flat, target({0: 0.6 / 2, 1: 0.4 / 3}, 3), **PLACE)  # columns of norm 1 after the weights
-    assert mixed.cosine(aim(flat, target(0, 3), **PLACE)) == pytest.approx((0.6 / math.sqrt(0.52) + 1) / 2, abs=1e-6)
+    assert aim(flat, at, 0).cosine(aim(flat, at, 1)) == pytest.approx(0.5, abs=1e-6)
+    mixed = aim(flat, at, {0: 0.6 / 2, 1: 0.4 / 3})  # columns of norm 1 after the weights
+    assert mixed.cosine(aim(flat, at, 0)) == pytest.approx((0.6 / math.sqrt(0.52) + 1) / 2, abs=1e-6)
     assert round((0.6 / math.sqrt(0.52) + 1) / 2, 3) == 0.916
 
 
-def test_no_bias_leaves_the_column_and_raw_columns_are_summed():
+def test_no_bias_leaves_the_column_and_raw_columns_are_summed(at):
     M = torch.eye(3)
     M[0, 0] = 10.0
     none = Approximator(M, torch.zeros(3))
-    torch.testing.assert_close(aim(none, target(1, 3), **PLACE).direction, torch.tensor([0.0, 1.0, 0.0]))
-    both = aim(none, target({0: 0.5, 1: 0.5}, 3), **PLACE).direction
+    torch.testing.assert_close(aim(none, at, 1).direction, torch.tensor([0.0, 1.0, 0.0]))
+    both = aim(none, at, {0: 0.5, 1: 0.5}).direction
     torch.testing.assert_close(both, unit(torch.tensor([10.0, 1.0, 0.0])))
 
 
-def test_bad_targets_are_clear_errors(some):
-    with pytest.raises(ValueError, match="0 to 39"):
-        target(40, 40)
+def test_bad_targets_are_clear_errors(some, at):
+    for feature in (40, -1):
+        with pytest.raises(ValueError, match="0 to 39"):
+            aim(some, at, feature)
+    with pytest.raises(ValueError, match=r"each of 40 features, got shape \[8\]"):
+        pseudo_inverse(some, at, target(4, 8))
     with pytest.raises(ValueError, match="zero vector"):
-        aim(Approximator(some.M, torch.zeros(40)), torch.zeros(40), **PLACE)
+        aim(Approximator(some.M, torch.zeros(40)), at, torch.zeros(40))
 
 
 def test_ridge_recovers_a_planted_map_and_adam_comes_close():
@@ -113,19 +121,19 @@ def test_cross_validation_prefers_a_penalty_under_noise():
     assert max(r2, key=r2.get) > 1e-2 and r2[1e-4] < max(r2.values())
 
 
-def test_pseudo_inverse_inverts_where_it_can_and_is_least_squares_elsewhere(some):
+def test_pseudo_inverse_inverts_where_it_can_and_is_least_squares_elsewhere(some, at):
     square = Approximator(normal(20, 8, seed=1), normal(8, seed=2))
     t = target({2: 3.0, 5: 4.0}, 8)
-    v = pseudo_inverse(square, t, **PLACE)
+    v = pseudo_inverse(square, at, t)
     torch.testing.assert_close(square(v.direction * v.weight), t / 5, rtol=1e-4, atol=1e-5)
-    v = pseudo_inverse(some, target(4, 40), **PLACE)
+    v = pseudo_inverse(some, at, 4)
     wanted = target(4, 40).double() - some.b.double()
     oracle = wanted @ torch.linalg.pinv(some.M.double())
     torch.testing.assert_close((v.direction * v.weight).double(), oracle, rtol=1e-4, atol=1e-5)
     assert v.edit(2.0).scale == pytest.approx(2 * oracle.norm().item(), rel=1e-5)
 
 
-def test_rotation_has_the_right_orientation_and_the_published_one_is_its_inverse():
+def test_rotation_has_the_right_orientation_and_the_published_one_is_its_inverse(at):
     Q = torch.linalg.qr(normal(16, 16, seed=3)).Q
     D = torch.nn.functional.normalize(normal(200, 16, seed=4), dim=1)
     planted = Approximator(Q @ D.T * 7, normal(200, seed=5))
@@ -135,11 +143,11 @@ def test_rotation_has_the_right_orientation_and_the_published_one_is_its_inverse
     wrong = torch.stack([unit(rotation(planted, D, published=True) @ d) @ unit(m) for d, m in zip(D, planted.M.T)])
     assert right.min() > 0.999 and wrong.mean().abs() < 0.2
     row = SteeringVector("row", D[9], 1, "none")
-    torch.testing.assert_close(rotated(planted, R, row).direction, aim(planted, target(9, 200), **PLACE).direction, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rotated(planted, R, row).direction, aim(planted, at, 9).direction, rtol=1e-4, atol=1e-5)
 
 
-def test_minus_Mb_is_the_negative_shared_direction(some):
-    assert cosine(minus_Mb(some, **PLACE).direction, some.M.double() @ some.b.double()) == pytest.approx(-1, abs=1e-6)
+def test_minus_Mb_is_the_negative_shared_direction(some, at):
+    assert cosine(minus_Mb(some, at).direction, some.M.double() @ some.b.double()) == pytest.approx(-1, abs=1e-6)
 
 
 def test_agreement_is_one_for_the_truth_zero_for_the_mean():

@@ -37,7 +37,7 @@ def test_one_token_equals_a_float64_oracle(dtype, near, heads, groups):
 def test_a_decode_in_bfloat16_reads_the_same_model(kind, monkeypatch):
     """Prompts of several lengths, so that pads must be masked; a model in float32 is the reference for the first steps."""
     model, prompts, used = tiny.model(kind), [[1, 9, 30], [1, 40, 41, 42, 43, 44, 45], [1, 77]], []
-    settings = {"rows": range(3), "arm": range(3), "shared": range(3), "sampling": Sampling(temperature=0.0, max_new_tokens=20)}
+    settings = {"rows": range(3), "arm": range(3), "sampling": Sampling(temperature=0.0, max_new_tokens=20)}
     exact = [c.tokens for c in decode(model, prompts, [], **settings)]
     real = attention.one_token
     monkeypatch.setattr(attention, "one_token", lambda *a: used.append(1) or real(*a))

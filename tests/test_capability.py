@@ -14,6 +14,7 @@ from steerkit.engine.losses import next_token_losses
 from steerkit.engine.steer import Add, residual_blocks, steering
 from steerkit.questions import Question
 from steerkit.scores.capability import COLUMNS, chooses_right, minimal_pairs, perplexity_ratio, prefers_good, steered_losses
+from steerkit.store import Work
 
 TEXTS = ["a much longer text than the others", "b", "four words of text", "An ordinary sentence.", "xy"]
 SCALES = [0.0, 4.0, 12.0]
@@ -23,82 +24,88 @@ def vectors(n=3, seed=0):
     return torch.nn.functional.normalize(torch.randn(n, tiny.D_MODEL, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def token_ids(tok, text):
-    return torch.tensor([[tok.bos_token_id, *tok(text, add_special_tokens=False)["input_ids"]]])
+def place(kind="llama", layer=1, **settings):
+    return tiny.lab(kind, saes={}, **settings).at(layer)
 
 
-def by_hook(model, tok, texts, vs, scales, layer):
+def batch(n):
+    return Work(n, progress=False)
+
+
+def token_ids(at, text):
+    return torch.tensor([[at.tokenizer.bos_token_id, *at.tokenizer(text, add_special_tokens=False)["input_ids"]]])
+
+
+def by_hook(at, texts, vs, scales):
     """Mean losses by the whole model under the hook, one text, one vector and one scale at a time, without pads."""
     out = np.zeros((len(vs), len(scales), len(texts)))
     for v, s, t in np.ndindex(out.shape):
-        ids = token_ids(tok, texts[t])
-        with torch.inference_mode(), steering(model, Add(layer, vs[v], scales[s])):
-            out[v, s, t] = next_token_losses(model(input_ids=ids, use_cache=False).logits, ids).mean().item()
+        ids = token_ids(at, texts[t])
+        with torch.inference_mode(), steering(at.lab, Add(at.layer, vs[v], scales[s])):
+            out[v, s, t] = next_token_losses(at.model(input_ids=ids, use_cache=False).logits, ids).mean().item()
     return out
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_losses_equal_the_hook_one_text_at_a_time(kind, batch_size):
-    model, tok, vs = tiny.model(kind), tiny.tokenizer(), vectors()
-    got = steered_losses(model, tok, TEXTS, vs, SCALES, layer=1, batch_size=batch_size)
+    at, vs = place(kind), vectors()
+    got = steered_losses(at, TEXTS, vs, SCALES, work=batch(batch_size))
     assert got.shape == (3, 3, 5)
-    np.testing.assert_allclose(got, by_hook(model, tok, TEXTS, vs, SCALES, 1), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(got, by_hook(at, TEXTS, vs, SCALES), rtol=2e-5, atol=2e-5)
     assert np.abs(got[:, 2] - got[:, 0]).min() > 1e-3, "steering that changes nothing proves nothing"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
 def test_scale_zero_is_the_unsteered_model(kind):
-    model, tok = tiny.model(kind), tiny.tokenizer()
-    got = steered_losses(model, tok, TEXTS, vectors(2), [0.0], layer=2)
+    at = place(kind, layer=2)
+    got = steered_losses(at, TEXTS, vectors(2), [0.0])
     for t, text in enumerate(TEXTS):
-        ids = token_ids(tok, text)
+        ids = token_ids(at, text)
         with torch.inference_mode():
-            plain = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].double(), -1)
+            plain = torch.log_softmax(at.model(input_ids=ids, use_cache=False).logits[0, :-1].double(), -1)
         loss = -plain.gather(1, ids[0, 1:, None]).mean().item()
         np.testing.assert_allclose(got[:, 0, t], loss, rtol=1e-5)
 
 
 def test_pads_do_not_change_a_loss():
     """One vector and one scale put all texts in one padded batch, the short ones among long ones."""
-    model, tok, vs = tiny.model("llama"), tiny.tokenizer(), vectors(1)
-    together = steered_losses(model, tok, TEXTS, vs, [6.0], layer=1, batch_size=64)
-    alone = np.stack([steered_losses(model, tok, [text], vs, [6.0], layer=1)[0, 0, 0] for text in TEXTS])
+    at, vs = place(), vectors(1)
+    together = steered_losses(at, TEXTS, vs, [6.0], work=batch(64))
+    alone = np.stack([steered_losses(at, [text], vs, [6.0])[0, 0, 0] for text in TEXTS])
     np.testing.assert_allclose(together[0, 0], alone, rtol=2e-5)
-    longer = steered_losses(model, tok, [*TEXTS, "w" * 90], vs, [6.0], layer=1, batch_size=64)
+    longer = steered_losses(at, [*TEXTS, "w" * 90], vs, [6.0], work=batch(64))
     np.testing.assert_allclose(longer[0, 0, :-1], alone, rtol=2e-5)
 
 
 def test_texts_are_cut_at_max_tokens():
-    model, tok, vs = tiny.model("llama"), tiny.tokenizer(), vectors(1)
-    cut = steered_losses(model, tok, ["abcdefgh", "ab"], vs, [3.0], layer=1, max_tokens=5)
-    np.testing.assert_allclose(cut, steered_losses(model, tok, ["abcd", "ab"], vs, [3.0], layer=1), rtol=2e-5)
+    at, vs = place(), vectors(1)
+    cut = steered_losses(at, ["abcdefgh", "ab"], vs, [3.0], max_tokens=5)
+    np.testing.assert_allclose(cut, steered_losses(at, ["abcd", "ab"], vs, [3.0]), rtol=2e-5)
 
 
 def test_lower_blocks_run_once_a_text_batch():
-    model, tok, runs = tiny.model("llama"), tiny.tokenizer(), {0: 0, 2: 0}
+    at, runs = place(), {0: 0, 2: 0}
     for layer in runs:
-        part = residual_blocks(model)[layer].mlp
+        part = residual_blocks(at.model)[layer].mlp
         part.register_forward_hook(lambda *_, layer=layer: runs.update({layer: runs[layer] + 1}))
-    steered_losses(model, tok, ["one text", "two text"], vectors(3), [1.0, 2.0], layer=1, batch_size=4)
+    steered_losses(at, ["one text", "two text"], vectors(3), [1.0, 2.0], work=batch(4))
     # six pairs fill a batch of four and one of two, for each text
     assert runs == {0: 2, 2: 4}
 
 
 def test_what_cannot_be_scored_is_a_clear_error():
-    model, tok, bare = tiny.model("llama"), tiny.tokenizer(), tiny.tokenizer(bos=False)
+    at, bare = place(), place(tok=tiny.tokenizer(bos=False))
     with pytest.raises(ValueError, match=r"at least two tokens each .* got ''"):
-        steered_losses(model, tok, ["fine", ""], vectors(1), [1.0], layer=1)
+        steered_losses(at, ["fine", ""], vectors(1), [1.0])
     with pytest.raises(ValueError, match=r"at least two tokens each .* got 'a'"):
-        steered_losses(model, bare, ["ab", "a"], vectors(1), [1.0], layer=1)
+        steered_losses(bare, ["ab", "a"], vectors(1), [1.0])
     with pytest.raises(ValueError, match="got 0, 1 and 1"):
-        steered_losses(model, tok, [], vectors(1), [1.0], layer=1)
-    with pytest.raises(ValueError, match="expected 0 to 2 for this model, got 3"):
-        steered_losses(model, tok, ["ab"], vectors(1), [1.0], layer=3)
+        steered_losses(at, [], vectors(1), [1.0])
     with pytest.raises(ValueError, match="expected width 64"):
-        steered_losses(model, tok, ["ab"], torch.ones(1, 32), [1.0], layer=1)
+        steered_losses(at, ["ab"], torch.ones(1, 32), [1.0])
     with pytest.raises(ValueError, match="finite numbers"):
-        steered_losses(model, tok, ["ab"], vectors(1), [float("nan")], layer=1)
+        steered_losses(at, ["ab"], vectors(1), [float("nan")])
 
 
 # perplexity
@@ -139,23 +146,23 @@ def pairs():
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def oracle(model, tok, text, vector, scale, layer):
+def oracle(at, text, vector, scale):
     """Total log-probability in float64, by the whole model under the hook, token by token."""
-    ids = token_ids(tok, text)
-    with torch.inference_mode(), steering(model, Add(layer, vector, scale)):
-        logp = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0], -1)
+    ids = token_ids(at, text)
+    with torch.inference_mode(), steering(at.lab, Add(at.layer, vector, scale)):
+        logp = torch.log_softmax(at.model(input_ids=ids, use_cache=False).logits[0], -1)
     assert logp.dtype == torch.float64
     return sum(logp[t - 1, ids[0, t]].item() for t in range(1, ids.shape[1]))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
 def test_preferences_equal_a_float64_oracle(kind, pairs):
-    model, tok, vs = tiny.model(kind), tiny.tokenizer(), vectors()
-    got = prefers_good(model, tok, pairs, vs, SCALES, layer=1, batch_size=7)
-    exact = model.double()
+    at, vs = place(kind), vectors()
+    got = prefers_good(at, pairs, vs, SCALES, batch(7))
+    at.model.double()
     margin = np.zeros((3, 3, 12))
     for v, s, p in np.ndindex(margin.shape):
-        good, bad = (oracle(exact, tok, pairs[c][p], vs[v].double(), SCALES[s], 1) for c in COLUMNS[:2])
+        good, bad = (oracle(at, pairs[c][p], vs[v].double(), SCALES[s]) for c in COLUMNS[:2])
         margin[v, s, p] = good - bad
     assert np.abs(margin).min() > 1e-3  # no pair so close that rounding could decide it
     assert got.dtype == bool and (got == (margin > 0)).all()
@@ -163,38 +170,37 @@ def test_preferences_equal_a_float64_oracle(kind, pairs):
 
 
 def test_preferences_do_not_depend_on_order_or_batch(pairs):
-    model, tok, vs = tiny.model("llama"), tiny.tokenizer(), vectors(2)
-    whole = prefers_good(model, tok, pairs, vs, SCALES, layer=1)
+    at, vs = place(), vectors(2)
+    whole = prefers_good(at, pairs, vs, SCALES)
     for batch_size in (1, 5, 1000):
-        assert (whole == prefers_good(model, tok, pairs, vs, SCALES, layer=1, batch_size=batch_size)).all()
+        assert (whole == prefers_good(at, pairs, vs, SCALES, batch(batch_size))).all()
     turned = pairs.iloc[::-1]  # its index runs backwards too
-    assert (whole[..., ::-1] == prefers_good(model, tok, turned, vs, SCALES, layer=1)).all()
+    assert (whole[..., ::-1] == prefers_good(at, turned, vs, SCALES)).all()
     swapped = pairs.rename(columns={"sentence_good": "sentence_bad", "sentence_bad": "sentence_good"})
-    assert (whole != prefers_good(model, tok, swapped, vs, SCALES, layer=1)).all()
+    assert (whole != prefers_good(at, swapped, vs, SCALES)).all()
     same = pairs.assign(sentence_bad=pairs.sentence_good)
-    assert not prefers_good(model, tok, same, vs[:1], [0.0], layer=1, batch_size=1).any(), "a tie is not a preference"
+    assert not prefers_good(at, same, vs[:1], [0.0], batch(1)).any(), "a tie is not a preference"
 
 
 def test_the_right_letter_equals_a_float64_oracle():
     """Next-letter log-probabilities of the whole model under the hook; four golds in turn, so some are right and some wrong."""
-    model, tok, vs = tiny.model("llama"), tiny.tokenizer(), vectors()
+    at, vs = place(), vectors()
     asked = [Question("t", str(i), "g", f"question {i} with {'many ' * i}words\nAnswer:", "ABCD"[i % 4], tuple("wxyz")) for i in range(8)]
-    got = chooses_right(model, tok, asked, vs, SCALES, layer=1, batch_size=7)
-    exact = model.double()
+    got = chooses_right(at, asked, vs, SCALES, batch(7))
+    with pytest.raises(ValueError, match=r"one number of choices, got \[3, 4\]"):
+        chooses_right(at, [*asked, Question("t", "9", "g", "three", "A", tuple("xyz"))], vs, SCALES)
+    at.model.double()
     for v, s, q in np.ndindex(got.shape):
-        scores = [oracle(exact, tok, f"{asked[q].prompt} {letter}", vs[v].double(), SCALES[s], 1) for letter in "ABCD"]
+        scores = [oracle(at, f"{asked[q].prompt} {letter}", vs[v].double(), SCALES[s]) for letter in "ABCD"]
         first, second = sorted(scores)[:-3:-1]
         assert first - second > 1e-4 and got[v, s, q] == ("ABCD"[int(np.argmax(scores))] == asked[q].gold)
     assert got.dtype == bool and 0 < got.mean() < 1
-    with pytest.raises(ValueError, match=r"one number of choices, got \[3, 4\]"):
-        chooses_right(model, tok, [*asked, Question("t", "9", "g", "three", "A", tuple("xyz"))], vs, SCALES, layer=1)
 
 
 def test_long_sentences_are_not_cut(pairs):
     """Beyond the 128 tokens of ordinary texts: only the last letter tells the two apart."""
-    model, tok, vs = tiny.model("llama"), tiny.tokenizer(), vectors(1)
     one = pd.DataFrame([("m" * 150 + end, "m" * 150 + other, "f", "u") for end, other in ("ab", "ba")], columns=COLUMNS)
-    assert prefers_good(model, tok, one, vs, [2.0], layer=1)[0, 0].sum() == 1
+    assert prefers_good(place(), one, vectors(1), [2.0])[0, 0].sum() == 1
 
 
 def write(path, rows):
@@ -267,11 +273,11 @@ def test_all_of_blimp_is_drawn_evenly(shared):
 @pytest.mark.parametrize("what", [steered_losses, prefers_good, chooses_right])
 def test_no_answer_is_chosen_by_losses_that_are_not_numbers(what):
     """A push beyond float16, where every comparison with NaN would be false and the first choice would win."""
-    model, tok = tiny.model("llama").half(), tiny.tokenizer()
+    at = place(hf=tiny.model("llama").half())
     pairs = pd.DataFrame([["a good one", "bad one a", "f", "u"]], columns=COLUMNS)
     asked = [Question("t", "1", "g", "Which?", "A", ("x", "y"))]
     material = {steered_losses: TEXTS, prefers_good: pairs, chooses_right: asked}[what]
     with pytest.raises(ValueError, match=r"push of norm 1e\+06 after layer 1: expected finite losses.*torch.float16"):
-        what(model, tok, material, vectors(), [0.0, 1e6], layer=1)
+        what(at, material, vectors(), [0.0, 1e6])
     with pytest.raises(ValueError, match="scales: expected finite"):
-        what(model, tok, material, vectors(), torch.tensor([float("nan")]), layer=1)
+        what(at, material, vectors(), torch.tensor([float("nan")]))

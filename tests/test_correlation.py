@@ -48,18 +48,13 @@ def test_equal_to_numpy_and_scipy_whatever_the_order_and_split(seed):
     for _ in range(5):
         order = rng.permutation(len(y))
         cuts = np.sort(rng.integers(0, len(y) + 1, rng.integers(0, 8)))  # also empty batches
-        shards = [of(z[rows], y[rows]) for rows in np.split(order, cuts)]
         streamed = Correlation.empty(7)
         for rows in np.split(order, cuts):
             streamed.update(torch.tensor(z[rows]), y[rows])
-        while len(shards) > 1:  # merged in any order
-            a, b = (shards.pop(rng.integers(len(shards))) for _ in range(2))
-            shards.append(a.merge(b))
-        for c in (streamed, shards[0]):
-            np.testing.assert_allclose(c.r()[1:], oracle, atol=1e-10, rtol=0)
-            np.testing.assert_allclose(c.r()[1:], np.corrcoef(z[:, 1:].T, y)[-1, :-1], atol=1e-10, rtol=0)
-            np.testing.assert_allclose(everything(c), everything(of(z, y)), atol=1e-10, rtol=1e-10)
-            assert c.r()[0] == 0 and c.n == len(y)
+        np.testing.assert_allclose(streamed.r()[1:], oracle, atol=1e-10, rtol=0)
+        np.testing.assert_allclose(streamed.r()[1:], np.corrcoef(z[:, 1:].T, y)[-1, :-1], atol=1e-10, rtol=0)
+        np.testing.assert_allclose(everything(streamed), everything(of(z, y)), atol=1e-10, rtol=1e-10)
+        assert streamed.r()[0] == 0 and streamed.n == len(y)
 
 
 def test_the_other_scores_equal_their_definitions():
@@ -135,17 +130,7 @@ def test_released_bins_are_those_that_torch_finds_in_the_unsorted_list():
     np.testing.assert_allclose(got, [mutual_info_score(y, place[:, i]) for i in range(4)], atol=1e-9)
 
 
-@pytest.mark.parametrize("edges", ["log", "released", None])
-def test_saved_statistics_come_back_and_go_on(tmp_path, edges):
-    (a, ya), (b, yb) = sample(1), sample(2)
-    first = of(a, ya, edges=edges)
-    again = Correlation.load(first.save(tmp_path / "c.safetensors"))
-    assert all(np.array_equal(getattr(again, name), value) for name, value in vars(first).items())
-    again.update(b, yb)
-    np.testing.assert_allclose(again.r(), of(np.append(a, b, 0), np.append(ya, yb)).r(), atol=1e-12)
-
-
-def test_wrong_input_is_a_clear_error_and_changes_nothing(tmp_path):
+def test_wrong_input_is_a_clear_error_and_changes_nothing():
     z, y = sample(0)
     c = of(z, y, edges=None)
     before = c.r()
@@ -158,16 +143,11 @@ def test_wrong_input_is_a_clear_error_and_changes_nothing(tmp_path):
         c.update(z[0], y)
     with pytest.raises(ValueError, match="edges"):
         c.mutual_information()
-    with pytest.raises(ValueError, match="same edges"):
-        c.merge(of(z, y))
     with pytest.raises(ValueError, match="ascending"):
         Correlation.empty(3, edges=[1.0, 0.5])
     with pytest.raises(ValueError, match="y > 0"):
         of(z, 0 * y).coefficients()
     assert c.r().tolist() == before.tolist()
-    (tmp_path / "x.safetensors").write_bytes(b"not this")
-    with pytest.raises(ValueError, match=r"Correlation\.save"):
-        Correlation.load(tmp_path / "x.safetensors")
 
 
 def test_shufflings_keep_the_labels_and_blocks_keep_theirs():
@@ -181,15 +161,13 @@ def test_shufflings_keep_the_labels_and_blocks_keep_theirs():
     np.testing.assert_array_equal(shuffled(y, seed=1), permutations(y, 1, seed=1)[0])
 
 
-def test_null_equals_one_selection_after_another_dense_sparse_or_streamed():
+def test_null_equals_one_selection_after_another_dense_or_sparse_in_batches_of_any_size():
     z, y = sample(6, n=90)
     null = permutation_null(z, y, n=20, seed=4)
     by_hand = [of(z, labels).r() for labels in permutations(y, 20, seed=4)]
     np.testing.assert_allclose(null.max_r, [r.max() for r in by_hand], atol=1e-12)
-    np.testing.assert_allclose(null.max_abs_r, [np.abs(r).max() for r in by_hand], atol=1e-12)
-    assert null.observed == pytest.approx(of(z, y).r().max())
-    for other in (sparse.csr_array(z), torch.tensor(z), iter([z[:7], sparse.csr_array(z[7:50]), z[50:]])):
-        np.testing.assert_allclose(permutation_null(other, y, n=20, seed=4).max_r, null.max_r, atol=1e-12)
+    for other, batch in ((sparse.csr_array(z), 512), (torch.tensor(z), 7), (sparse.csr_array(z), 30)):
+        np.testing.assert_allclose(permutation_null(other, y, n=20, seed=4, batch=batch).max_r, null.max_r, atol=1e-12)
     often = permutation_null(z, y, n=20, seed=4, min_fired=80)
     np.testing.assert_allclose(often.max_r, [r[1] for r in by_hand], atol=1e-12)  # only the always-on feature is left
 
@@ -204,10 +182,10 @@ def test_null_of_dense_noise_lies_where_order_statistics_put_it():
     z, y = rng.normal(size=(400, 500)), rng.random(400) < 0.4
     null = permutation_null(z, y, n=100)
     assert null.max_r.mean() == pytest.approx(expected(500) / np.sqrt(400), rel=0.03)
-    assert null.threshold() > null.max_r.mean() and null.p_value() > 0.01 and null.p_value(absolute=True) > 0.01
+    assert of(z, y).r().max() < null.max_r.max() and null.threshold() > null.max_r.mean()
     assert expected(16_384) == pytest.approx(3.86, rel=0.04)
     z[:, 3] += 2.0 * y
-    assert permutation_null(z, y, n=100).p_value() == pytest.approx(1 / 101)
+    assert of(z, y).r().max() > permutation_null(z, y, n=100).max_r.max()
 
 
 def test_shuffling_within_batches_is_the_weaker_null():
@@ -227,9 +205,9 @@ def test_a_feature_that_tells_easy_kinds_from_hard_ones_is_not_above_the_null_wi
     for k in np.unique(kind):
         assert (drawn[:, kind == k].sum(1) == y[kind == k].sum()).all() and len(np.unique(drawn[:, kind == k], axis=0)) > 30
     z = np.stack([3.0 * (kind == "easy") + rng.random(180), rng.random(180)], 1)
-    assert permutation_null(z, y, n=200).p_value() < 0.01 and permutation_null(z, y, n=200, within=kind).p_value() > 0.05
+    assert permutation_null(z, y, n=200).threshold(0.99) < of(z, y).r().max() < permutation_null(z, y, n=200, within=kind).threshold()
     z[:, 1] += 2.0 * y  # one that knows which answers are right, whatever the kind
-    assert permutation_null(z, y, n=200, within=kind).p_value() < 0.01
+    assert of(z, y).r().max() > permutation_null(z, y, n=200, within=kind).threshold(0.99)
     with pytest.raises(ValueError, match="a stratum for each of 180 samples"):
         permutations(y, 2, within=kind[:5])
 

@@ -5,12 +5,13 @@ import pytest
 import tiny
 import torch
 
-from steerkit.engine.generate import BASELINE, generate
+from steerkit.engine.generate import BASELINE, Sampling, generate
 from steerkit.engine.steer import residual_blocks, steering
 from steerkit.features import residuals
 from steerkit.methods.corrsteer.correlation import Correlation
 from steerkit.methods.corrsteer.pooling import Raw
 from steerkit.methods.corrsteer.select import Pick, arm, edits, random_features, rank, select, ser
+from steerkit.store import Work
 
 D = tiny.D_MODEL
 
@@ -46,8 +47,8 @@ def test_rivals_rank_within_positive_r_and_coefficients_have_their_names():
     up = np.flatnonzero(c.r() > 0)
     for score, values in {"fisher": c.fisher(), "mi": c.mutual_information(), "caa": np.abs(c.caa())}.items():
         assert rank(c, 9, score=score)[0].feature == up[values[up].argmax()]
-    p = rank(c, 9, score="caa", coefficient="difference", scale=2.0)[0]
-    assert p.coefficient == pytest.approx(2 * (z[y == 1, p.feature].mean() - z[y == 0, p.feature].mean()))
+    p = rank(c, 9, score="caa", coefficient="difference")[0]
+    assert p.coefficient == pytest.approx(z[y == 1, p.feature].mean() - z[y == 0, p.feature].mean())
     p = rank(c, 9, coefficient="firing")[0]
     column = z[y == 1, p.feature]
     assert p.coefficient == pytest.approx(column[column > 0].mean())
@@ -159,17 +160,21 @@ def test_site_pre_adds_to_what_enters_the_block():
 
 
 def test_an_arm_steers_generation_and_raw_picks_steer_coordinates():
-    model, tok, saes = tiny.model("llama"), tiny.tokenizer(), {1: tiny.planted_sae()}
+    lab = tiny.lab()
     arms = [
         BASELINE,
-        arm("zero", [pick(1, 5, 0.0)], saes),
-        arm("sae", [pick(1, 5, 40.0)], saes),
+        arm("zero", [pick(1, 5, 0.0)], lab.saes),
+        arm("sae", [pick(1, 5, 40.0)], lab.saes),
         arm("raw", [pick(1, 5, 40.0)], {1: Raw(D)}),
+        arm("twice", [pick(1, 5, 40.0)], lab.saes, scale=2.0, source="elsewhere"),
     ]
-    frame = generate(model, tok, ["I think"], arms, temperature=0.0, max_new_tokens=8, window="last", progress=False)
+    sampling = Sampling(temperature=0.0, max_new_tokens=8)
+    frame = generate(lab, ["I think"], arms, sampling=sampling, window="last", work=Work(progress=False))
     tokens = dict(zip(frame.arm, frame.tokens))
     assert tokens["zero"] == tokens["baseline"] != tokens["sae"] == tokens["raw"]  # feature 5 is coordinate 5
-    assert frame.changed.tolist() == [0, 0, 8, 8]
+    assert frame.changed.tolist() == [0, 0, 8, 8, 8] and frame.source.dropna().to_dict() == {4: "elsewhere"}
+    sae, twice = (generate(lab, ["a"], [one], sampling=Sampling(max_new_tokens=1), window="last").ratio[0] for one in (arms[2], arms[4]))
+    assert twice == pytest.approx(2 * sae)
 
 
 @pytest.mark.parametrize("negative,positive,ratio", [(182, 697, 0.207), (1108, 1616, 0.407), (131, 570, 0.187)])
@@ -181,15 +186,14 @@ def test_side_effects_give_the_published_ratios(negative, positive, ratio):
     was[:negative], now[negative:both] = 1, 1
     found = ser(before, after, was, now)
     assert (found.negative, found.positive, found.changed) == (negative, positive, both + 50)
-    assert found.ratio == pytest.approx(ratio, abs=5e-4) and found.of_all == negative / (both + 50)
-    assert found.gain == pytest.approx(now.mean() - was.mean())
+    assert found.ratio == pytest.approx(ratio, abs=5e-4)
     if negative == 182:
-        assert 100 * found.gain == pytest.approx(3.67, abs=5e-3)
+        assert 100 * (found.positive - found.negative) / n == pytest.approx(3.67, abs=5e-3)
 
 
 def test_only_changed_answers_count():
     found = ser(["A", "B"], ["A", "C"], [1, 0], [0, 0])  # a reward that changed under the same answer is not a side effect
     assert (found.negative, found.positive, found.changed) == (0, 0, 1)
-    assert np.isnan(found.ratio) and found.of_all == 0
+    assert np.isnan(found.ratio)
     with pytest.raises(ValueError, match="same samples"):
         ser(["A"], ["A", "B"], [1], [1, 0])

@@ -12,7 +12,7 @@ from steerkit.engine import cpu, packed
 from steerkit.engine.losses import next_token_losses
 from steerkit.features import token_batches
 from steerkit.files import DATA
-from steerkit.models import lab as models
+from steerkit.models import load as models
 from steerkit.models.check import measure
 from steerkit.training import harvest
 
@@ -69,12 +69,12 @@ def test_the_two_dtypes_agree_within_what_is_said():
     """On the check texts: mean loss within 0.05 nats (measured: 0.023 higher in bfloat16), FVU within 0.002, L0 within 1 %."""
     texts, found = (DATA / "check_texts.txt").read_text().splitlines(), {}
     for dtype in (torch.float32, torch.bfloat16):
-        loaded = models.open("smollm2-135m", layers=[13])
-        loaded.hf.to(dtype)
-        ids, mask = next(iter(token_batches(loaded.tokenizer, texts)))
+        lab = models.open("smollm2-135m", layers=[13])
+        lab.hf.to(dtype)
+        ids, mask = next(iter(token_batches(lab.tokenizer, texts)))
         with torch.inference_mode():
-            losses = next_token_losses(loaded.hf(input_ids=ids, attention_mask=mask).logits, ids)[mask[:, 1:].bool()]
-        found[dtype] = float(losses.mean()), measure(loaded, dict(loaded.saes))[13]
+            losses = next_token_losses(lab.hf(input_ids=ids, attention_mask=mask).logits, ids)[mask[:, 1:].bool()]
+        found[dtype] = float(losses.mean()), measure(lab, dict(lab.saes))[13]
     (loss, row), (loss_16, row_16) = found.values()
     assert loss_16 == pytest.approx(loss, abs=0.05) and loss_16 != loss
     assert row_16["fvu"] == pytest.approx(row["fvu"], abs=0.002) and row_16["l0"] == pytest.approx(row["l0"], rel=0.01)

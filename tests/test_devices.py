@@ -24,7 +24,7 @@ from steerkit.judges import coherence
 from steerkit.methods.corrsteer import experiment as trial
 from steerkit.methods.sae_ts import approximator, effects
 from steerkit.methods.sae_ts import files as published
-from steerkit.models import lab as models
+from steerkit.models import load as models
 
 PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
@@ -130,7 +130,7 @@ def test_the_recipe_of_effects_runs_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(measure_effects, "load_sae", lambda *_, **__: tiny.planted_sae().to("cuda"))
     monkeypatch.setattr(measure_effects, "training_vectors", lambda W: rows(W, n_held=4))
     monkeypatch.setattr(measure_effects, "budget", lambda *_, **__: pd.DataFrame({"prompts": [2]}))
-    monkeypatch.setattr(effects.Scheme.__init__, "__defaults__", (("", "ab"), 1, 8, effects.SAMPLING, "ordinary", 10.0))
+    monkeypatch.setattr(measure_effects, "Scheme", functools.partial(effects.Scheme, prompts=("", "ab"), length=8))
     with devices.gpu():
         call = ["--out", str(tmp_path / "parts"), "--ship", str(tmp_path / "e.safetensors"), "--first", "12", "--block", "12"]
         measure_effects.main([*call, "--rise", "0.01"])
@@ -160,7 +160,7 @@ def small():
 @pytest.fixture
 def on_gpu(small, monkeypatch):
     """A GPU, and `models.open` with the small model on it; ridge fits without cross-validation."""
-    real, coin = trial._graded, np.random.default_rng(0)
+    real, coin = trial.graded, np.random.default_rng(0)
     quick = functools.partial(approximator.fit_ridge, penalties=(1.0,))
 
     def load(_spec, *, device="auto", dtype=None):
@@ -171,9 +171,8 @@ def on_gpu(small, monkeypatch):
         return rows.assign(correct=coin.integers(2, size=len(rows))), grader
 
     monkeypatch.setattr(models, "load_model", load)
-    monkeypatch.setattr(models, "_bridge", lambda *_: None)
     monkeypatch.setattr(models, "self_check", lambda *_: [])
-    monkeypatch.setattr(trial, "_graded", graded)
+    monkeypatch.setattr(trial, "graded", graded)
     text_features = effects.text_features
 
     def few(*args, scheme, **settings):

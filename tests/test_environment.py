@@ -116,7 +116,7 @@ def test_a_wheel_says_that_it_has_no_data(tmp_path):
     """A wheel installs the package alone. The engine works; what reads data says on import what is missing, and the mend."""
     shutil.copytree(PROJECT / "steerkit", tmp_path / "steerkit", ignore=shutil.ignore_patterns("__pycache__"))
     script = "import steerkit.engine.steer, steerkit.store, importlib\n"
-    script += "for name in ('models.presets', 'concepts', 'book.papers', 'judges'):\n"
+    script += "for name in ('models.presets', 'concept', 'book.papers', 'judges'):\n"
     script += "    try:\n        importlib.import_module('steerkit.' + name)\n    except ImportError as error:\n        print(error)\n"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     said = done.stdout.splitlines()

@@ -1,6 +1,6 @@
 """Behaviour times coherence: product of means, held-out peaks, paired comparison, on numbers whose answer is known."""
 
-import types
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,8 +8,10 @@ import pytest
 import tiny
 import torch
 
-import steerkit.scores.bcs as V
+from steerkit.engine.decode import Sampling
+from steerkit.judges import Panel
 from steerkit.scores.bcs import Protocol, agreement, best_scale, compare, curves, load_scores, peaks, product, save_scores, sweep
+from steerkit.store import Work
 from steerkit.vectors import SteeringVector
 
 
@@ -84,26 +86,36 @@ def test_compare_pairs_topics_and_its_interval_covers_a_known_difference():
     assert 0 in same
 
 
-def test_sweep_judges_each_topic_with_its_own_vectors_and_shared_ones(monkeypatch, tmp_path):
+def test_sweep_judges_each_topic_with_its_own_vectors_and_shared_ones(tmp_path):
     """Judges that read planted words: behaviour is the share of the topic's letter, coherence 1 for every text."""
-    model, tok, asked = tiny.model("llama"), tiny.tokenizer(), []
+    lab, asked = tiny.lab(saes={}), []
 
-    def coherence():
-        return lambda texts, prompts: asked.extend(texts) or np.ones(len(texts))
+    def coherence(texts, prompts=None):
+        asked.extend(zip(prompts, texts))
+        return np.ones(len(texts))
 
-    monkeypatch.setattr("steerkit.judges.coherence.embedded_judge", coherence)
-    monkeypatch.setattr(V, "concept_judge", lambda topic: lambda texts: np.array([t.count(topic) / max(len(t), 1) for t in texts]))
-    head = model.get_output_embeddings().weight.detach()
-    letters = {c: tok(c, add_special_tokens=False)["input_ids"][0] for c in "ab"}
-    by_topic = {c: [SteeringVector("M", head[i], 2, "tiny")] for c, i in letters.items()}
+    share = lambda topic: lambda texts, prompts=None: np.array([t.count(topic) / max(len(t), 1) for t in texts])  # noqa: E731
+    judges = Panel("planted", share, coherence, coherence, by="planted")
+    head = lab.hf.get_output_embeddings().weight.detach()
+    letters = {c: lab.tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in "ab"}
+    by_topic = {c: [SteeringVector("with/slash", head[i], 2, "tiny")] for c, i in letters.items()}
     shared = [SteeringVector("random direction", torch.randn(tiny.D_MODEL, generator=torch.Generator().manual_seed(0)), 2, "tiny")]
-    protocol = Protocol(prompts=("So",), scales=(0.0, 900.0), samples=4, max_new_tokens=5)
-    loaded = types.SimpleNamespace(hf=model, tokenizer=tok)
-    judged = sweep(loaded, by_topic, shared, protocol=protocol, out=tmp_path / "s.jsonl", progress=False)
+    protocol = Protocol(("So", "Now"), (0.0, 900.0), 4, Sampling(top_k=50, top_p=0.3, max_new_tokens=5))
+    call = {"protocol": protocol, "judges": judges, "work": Work(out=tmp_path / "s-{key}.jsonl", progress=False)}
+    judged = sweep(lab, by_topic, shared, **call)
     at = judged.groupby(["topic", "method"]).behaviour.mean()
-    assert at["a", "M"] == at["b", "M"] == 1.0  # steered along a letter's unembedding, it writes that letter
-    assert set(judged.method) == {"M", "random direction", "baseline"} and len(judged) == 2 * 3 * 4
-    assert len(asked) == len(set(asked))  # each distinct text is judged once
+    assert at["a", "with/slash"] == at["b", "with/slash"] == 1.0  # steered along a letter's unembedding, it writes that letter
+    assert set(judged.method) == {"with/slash", "random direction", "baseline"} and len(judged) == 2 * 3 * 4 * 2
+    assert len(asked) == len(set(asked)) and {prompt for prompt, _ in asked} == {"So", "Now"}  # each pair is judged once
+    before = len(asked)
+    pd.testing.assert_frame_equal(sweep(lab, by_topic, shared, **call), judged)
+    assert len(asked) == before  # what is slow is kept beside the texts
+    pd.testing.assert_frame_equal(sweep(lab, by_topic, shared, **call | {"judges": replace(judges, by="another")}), judged)
+    assert len(asked) == 2 * before  # under what judges it
     back = load_scores(save_scores(judged, tmp_path / "scores.csv.gz"))
-    assert len(back) == len(judged) and (back.behaviour - judged.behaviour).abs().max() < 1e-3
+    both = back.merge(judged, on=["topic", "prompt", "method", "scale", "sample"])
+    assert len(back) == len(judged) == len(both) and (both.behaviour_x - both.behaviour_y).abs().max() < 1e-3
     assert peaks(back)[["topic", "method", "bcs"]].equals(peaks(judged.round(3))[["topic", "method", "bcs"]])
+    alone = Protocol(("So", "Now"), (0.0,), 4, protocol.sampling)
+    plain = sweep(lab, {"a": []}, protocol=alone, judges=judges, work=Work(progress=False))
+    assert len(plain) == 8 and set(plain.method) == {"baseline"}

@@ -10,14 +10,13 @@ import torch
 
 from recipes import gpu as gpu_run
 from steerkit.models.jumprelu import JumpReLU
-from steerkit.training import feature_quality as fq
-from steerkit.training import train
+from steerkit.training import quality, train
 from steerkit.training.harvest import Block, Recipe, Sae
 
 
 def test_spread_counts_different_labels():
     labels = torch.randint(-1, 4, (50, 5), generator=torch.Generator().manual_seed(0))
-    assert fq.spread(labels).tolist() == [len(set(row) - {-1}) for row in labels.tolist()]
+    assert quality.spread(labels).tolist() == [len(set(row) - {-1}) for row in labels.tolist()]
 
 
 def test_auroc_is_scikit_learns():
@@ -27,7 +26,7 @@ def test_auroc_is_scikit_learns():
     a, b = rng.integers(0, 5, (20, 6)), rng.integers(0, 4, (30, 6))
     truth = [1] * 20 + [0] * 30
     want = [roc_auc_score(truth, np.concatenate([a[:, i], b[:, i]])) for i in range(6)]
-    np.testing.assert_allclose(fq.auroc(a, b), want)
+    np.testing.assert_allclose(quality.auroc(a, b), want)
 
 
 def test_the_chosen_feature_has_not_seen_the_held_out_sentences():
@@ -37,14 +36,14 @@ def test_the_chosen_feature_has_not_seen_the_held_out_sentences():
     parts[2][:, 3] += 5  # the reverse
     parts[0][:, 4] += 5  # both, but it is dense
     parts[2][:, 4] += 5
-    row = fq.topic_aurocs({"t": parts}, np.array([True] * 4 + [False])).iloc[0]
-    assert row.feature == 2 and row.best == 1.0 and row.chosen == pytest.approx(fq.auroc(parts[2], parts[3])[2])
+    row = quality.topic_aurocs({"t": parts}, np.array([True] * 4 + [False])).iloc[0]
+    assert row.feature == 2 and row.best == 1.0 and row.chosen == pytest.approx(quality.auroc(parts[2], parts[3])[2])
 
 
 def test_stability_of_a_decoder_with_itself_and_with_noise():
     w = torch.randn(30, 64, generator=torch.Generator().manual_seed(0))
     other = torch.randn(30, 64, generator=torch.Generator().manual_seed(1))
-    assert fq.stability(w, 3 * w.flip(0)) == pytest.approx(1.0, abs=1e-5) and fq.stability(w, other) < 0.5
+    assert quality.stability(w, 3 * w.flip(0)) == pytest.approx(1.0, abs=1e-5) and quality.stability(w, other) < 0.5
 
 
 def put_sae(folder, layer=1):
@@ -70,14 +69,14 @@ def test_jumprelu_is_sae_lens_and_refuses_other_kinds(tmp_path):
 
 
 def test_reconstruction_and_breadth_of_planted_features(tmp_path):
-    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), JumpReLU(put_sae(tmp_path / "sae"))
+    sae = JumpReLU(put_sae(tmp_path / "sae"))
     sae.threshold.zero_()
     x = torch.randn(400, tiny.D_MODEL, generator=torch.Generator().manual_seed(0)).half()
-    got = fq.reconstruction(sae, x.float())
+    got = quality.reconstruction(sae, x.float())
     assert got["fvu"] < 1e-6 and got["l0"] == pytest.approx(tiny.D_MODEL, abs=0.1) and got["dead"] == 0
     texts = {"t": [[x[i : i + 9].float() for i in range(0, 45, 9)]] * 4}
     block = Block({1: x}, torch.randint(3, 250, (400,)), torch.arange(400) // 100)
-    row = fq.survey(model, tok, sae, block, {n: n // 2 for n in range(4)}, texts, tmp_path / "card.safetensors")
+    row = quality.survey(tiny.lab(saes={1: sae}).at(1), block, {n: n // 2 for n in range(4)}, texts, tmp_path / "card.safetensors")
     top = (x.float() @ sae.W_enc).clamp_min(0)  # contexts lie in blocks of eleven tokens, one peak in each
     peaks = top[:396].view(-1, 11, top.shape[1]).max(1)
     block_of = peaks.values.topk(5, dim=0).indices

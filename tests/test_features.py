@@ -1,10 +1,11 @@
-"""Features of text: pooling, lens and contexts, each against a loop."""
+"""Features of text: streams, pooling, lens and contexts, each against a loop."""
 
 import pytest
 import tiny
 import torch
+from steered import padded
 
-from steerkit.features import feature_means, logit_lens, residuals, separating, token_batches, top_contexts
+from steerkit.features import feature_means, logit_lens, ordinary_positions, read, residuals, separating, token_batches, top_contexts
 
 TEXTS = ["abc", "a longer text than the first", "q"]
 
@@ -17,24 +18,70 @@ def test_batches_keep_order_and_pad_on_the_right():
         assert not mask.flip(0).cummax(0).values.flip(0).ne(mask).any()  # no gap: ones, then zeros
 
 
-def test_feature_means_encode_first_and_leave_the_first_token_out():
-    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
-    got = feature_means(model, tok, sae, TEXTS, layer=1, batch_size=2)
+def test_residuals_stop_early_and_equal_hidden_states():
+    model, (ids, mask) = tiny.model("qwen3"), padded((6, 6), 6)
+    hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
+    before = sum(len(m._forward_hooks) for m in model.modules())  # transformers keeps hooks of its own
+    found = residuals(model, ids, mask, layers=[0, 1])
+    assert torch.allclose(found[0], hidden[1]) and torch.allclose(found[1], hidden[2])
+    assert sum(len(m._forward_hooks) for m in model.modules()) == before
+
+
+def test_ordinary_positions_leave_out_pads_first_special_and_outliers():
+    ids = torch.tensor([[0, 0, 1, 9, 9, 9], [1, 9, 2, 9, 9, 9]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    resid = torch.ones(2, 6, 4)
+    resid[1, 4] = 100.0
+    keep = ordinary_positions(ids, mask, {0: resid}, special=[0, 1, 2], outlier=10.0)
+    assert keep.int().tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1]]
+
+
+def test_a_place_is_read_where_its_preset_says():
+    """The stream is `residuals`'; what counts is what `ordinary_positions` keeps with the preset's outlier, or all real tokens."""
+    (ids, mask), special = padded((9, 12), 12), tiny.tokenizer().all_special_ids
+    kept = []
+    for outlier in (1.05, 10.0):
+        at = tiny.lab(outlier=outlier).at()
+        resid, keep = read(at, ids, mask)
+        assert torch.equal(resid, residuals(at.model, ids, mask, layers=[1])[1])
+        assert torch.equal(keep, ordinary_positions(ids, mask, {1: resid}, special=special, outlier=outlier))
+        assert torch.equal(read(at, ids, mask, include_first=True)[1], mask.bool()) and read(at, ids, include_first=True)[1].all()
+        kept.append(int(keep.sum()))
+    assert 0 < kept[0] < kept[1] == 8 + 11
+
+
+@pytest.mark.parametrize("outlier", [1.05, 10.0])
+def test_feature_means_encode_first_and_leave_the_first_token_and_outliers_out(outlier):
+    lab = tiny.lab(outlier=outlier)
+    got = feature_means(lab.at(), TEXTS, batch_size=1)
     for row, text in zip(got, TEXTS):
-        ids = torch.tensor([[tok.bos_token_id, *tok(text, add_special_tokens=False)["input_ids"]]])
-        x = residuals(model, ids, layers=[1])[1][0, 1:].double()
+        ids = torch.tensor([[lab.tokenizer.bos_token_id, *lab.tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        x = residuals(lab.hf, ids, layers=[1])[1][0, 1:].double()
+        x = x[x.norm(dim=1) <= outlier * x.norm(dim=1).median()]
         oracle = torch.relu(torch.cat([x, -x], 1)).mean(0)  # the planted SAE: one feature a sign and coordinate
         torch.testing.assert_close(row.double(), oracle, rtol=1e-4, atol=1e-5)
+    if outlier == 10.0:
+        torch.testing.assert_close(feature_means(lab.at(), TEXTS, batch_size=2), got, rtol=1e-4, atol=1e-5)
+    else:
+        assert not torch.allclose(feature_means(tiny.lab().at(), TEXTS), got, atol=1e-3)
+
+
+def test_feature_means_with_the_first_token_are_over_all_positions():
+    lab = tiny.lab(outlier=1.05)
+    got = feature_means(lab.at(), TEXTS[:1], include_first=True)
+    ids = torch.tensor([[lab.tokenizer.bos_token_id, *lab.tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]]])
+    x = residuals(lab.hf, ids, layers=[1])[1][0].double()
+    torch.testing.assert_close(got[0].double(), torch.relu(torch.cat([x, -x], 1)).mean(0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "gptneox"])
 def test_logit_lens_is_the_head_of_the_normed_direction(kind):
-    model, tok, v = tiny.model(kind), tiny.tokenizer(), torch.randn(tiny.D_MODEL)
-    base = model.base_model
+    lab, v = tiny.lab(kind), torch.randn(tiny.D_MODEL)
+    base = lab.hf.base_model
     norm = getattr(base, {"gpt2": "ln_f", "gptneox": "final_layer_norm"}.get(kind, "norm"))
-    oracle = (model.get_output_embeddings()(norm(v[None]))[0]).topk(3)
-    got = logit_lens(model, tok, v, k=3)
-    assert [w for w, _ in got] == [tok.decode([i]) for i in oracle.indices.tolist()]
+    oracle = (lab.hf.get_output_embeddings()(norm(v[None]))[0]).topk(3)
+    got = logit_lens(lab, v, k=3)
+    assert [w for w, _ in got] == [lab.tokenizer.decode([i]) for i in oracle.indices.tolist()]
     assert [x for _, x in got] == pytest.approx(oracle.values.tolist(), rel=1e-5)
 
 
@@ -57,8 +104,8 @@ def test_no_feature_is_chosen_by_means_that_are_not_numbers():
     positive = torch.tensor([[5.0, float("nan"), 1.0]])
     with pytest.raises(ValueError, match="feature means: expected finite numbers"):
         separating(positive, torch.zeros(1, 3), k=1)
-    model = tiny.model("llama").half()
+    lab = tiny.lab(hf=tiny.model("llama").half())
     with torch.no_grad():
-        model.lm_head.weight.fill_(6e4)
+        lab.hf.lm_head.weight.fill_(6e4)
     with pytest.raises(ValueError, match=r"directions: expected finite logits.*torch.float16"):
-        logit_lens(model, tiny.tokenizer(), torch.ones(tiny.D_MODEL))
+        logit_lens(lab, torch.ones(tiny.D_MODEL))

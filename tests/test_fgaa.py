@@ -4,12 +4,10 @@ import pytest
 import tiny
 import torch
 
-from steerkit.features import feature_means
+from steerkit.features import feature_means, residuals
 from steerkit.methods import fgaa
 from steerkit.methods.sae_ts.approximator import Approximator, aim
-from steerkit.methods.sae_ts.approximator import target as one_feature
 
-PLACE = {"layer": 1, "preset": "none"}
 NONE = torch.zeros(6)
 DIFF = torch.tensor([5.0, -4.0, 3.0, -2.0, 1.0, 0.5])
 
@@ -45,35 +43,31 @@ def test_a_missing_density_fails_loudly():
 
 
 def test_the_l1_norm_changes_nothing_and_one_feature_is_sae_ts():
-    M = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    M, at = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)), tiny.lab(saes={}).at(1)
     found = Approximator(M, torch.randn(6, generator=torch.Generator().manual_seed(1)))
     three = fgaa.target(DIFF, density=NONE, n1=3)
-    a, b, c = (aim(found, t, **PLACE).direction for t in (three, 1000 * three, three / three.norm()))
+    a, b, c = (aim(found, at, t).direction for t in (three, 1000 * three, three / three.norm()))
     assert (a - b).abs().max() < 1e-6 and (a - c).abs().max() < 1e-6
-    only = aim(found, fgaa.target(DIFF, density=NONE, n1=1), **PLACE)
-    assert only.cosine(aim(found, one_feature(0, 6), **PLACE)) == pytest.approx(1, abs=1e-6)
+    only = aim(found, at, fgaa.target(DIFF, density=NONE, n1=1))
+    assert only.cosine(aim(found, at, 0)) == pytest.approx(1, abs=1e-6)
 
 
 def test_first_token_features_are_a_length_artefact():
     """A feature of the first token alone differs by a (mean 1/T of positives - mean 1/T of negatives)."""
-    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
-    means = feature_means(model, tok, sae, ["ab", "cdefg"], layer=1, include_first=True)
-    without = feature_means(model, tok, sae, ["ab", "cdefg"], layer=1)
+    at = tiny.lab().at(1)
+    means, without = (feature_means(at, ["ab", "cdefg"], include_first=first) for first in (True, False))
     # with the first token: (a + sum of the rest) / T; without it: sum of the rest / (T - 1)
     first = means * torch.tensor([[3.0], [6.0]]) - without * torch.tensor([[2.0], [5.0]])
     torch.testing.assert_close(first[0], first[1], rtol=1e-4, atol=1e-4)  # the same token, whatever follows
 
 
 def test_start_features_are_found_on_a_planted_model():
-    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
-    texts = ["some text", "another one that is longer", "x"]
-    got = fgaa.peaks_at_start(model, tok, sae, texts, layer=1)
+    at, texts = tiny.lab().at(1), ["some text", "another one that is longer", "x"]
+    got = fgaa.peaks_at_start(at, texts)
     first, rest = [], []
-    from steerkit.features import residuals
-
     for text in texts:
-        ids = torch.tensor([[tok.bos_token_id, *tok(text, add_special_tokens=False)["input_ids"]]])
-        x = residuals(model, ids, layers=[1])[1][0]
+        ids = torch.tensor([[at.tokenizer.bos_token_id, *at.tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        x = residuals(at.model, ids, layers=[1])[1][0]
         acts = torch.relu(torch.cat([x, -x], 1))
         first.append(acts[0])
         rest.append(acts[1:])

@@ -1,9 +1,6 @@
-"""Offline judges against held-out sentences, labelled texts and oracles; the API judge against a stub server."""
+"""Offline judges against held-out sentences, labelled texts and oracles."""
 
-import http.server
-import json
 import socket
-import threading
 import zlib
 
 import numpy as np
@@ -11,8 +8,8 @@ import pytest
 
 from recipes import judge_fitting as fitting
 from recipes import judges as fit
-from steerkit.concepts import Concept, concepts
-from steerkit.judges import api, checked, coherence, concept, refusal, rubrics
+from steerkit.concept import Concept, concepts
+from steerkit.judges import checked, coherence, concept, refusal
 
 
 def auroc_by_pairs(positive, negative) -> float:
@@ -25,6 +22,13 @@ def auroc_by_pairs(positive, negative) -> float:
 def topic_judges():
     known = concepts()
     return {name: concept.concept_judge(c, others=known) for name, c in known.items()}
+
+
+def test_auroc_counts_pairs_and_takes_the_mean_over_topics():
+    scores, y = np.random.default_rng(0).integers(0, 5, (30, 2)), np.arange(30) < 9
+    by_hand = [auroc_by_pairs(s[y], s[~y]) for s in scores.T]
+    assert fit.auroc(np.c_[scores[:, 0], y]) == pytest.approx(by_hand[0])
+    assert fit.auroc(np.c_[scores[:, 0], y, scores[:, 1], y]) == pytest.approx(np.mean(by_hand))
 
 
 # concept
@@ -249,7 +253,7 @@ def test_features_equal_plain_counting():
 
 @pytest.fixture(scope="module")
 def embedded():
-    from steerkit.models import lab as models
+    from steerkit.models import load as models
 
     opened = models.open("smollm2-135m", check=False)
     return opened.hf, opened.tokenizer
@@ -292,138 +296,3 @@ def test_coherence_ranks_labelled_texts_of_unseen_features(shared, embedded):
 
     assert spearmanr(p, y)[0] >= 0.6, "the target, 0.78, is for the full set; this one is small and lacks its long texts"
     assert auroc_by_pairs(p[y == 2], p[y == 0]) >= 0.85
-
-
-# API
-
-
-class Stub(http.server.BaseHTTPRequestHandler):
-    """Answer chat completions with what `server.reply(body)` gives: a text, or a status number."""
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.seen.append((self.path, self.headers["Authorization"], body))
-        answer = self.server.reply(body)
-        status = answer if isinstance(answer, int) else 200
-        payload = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def stub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    server.seen, server.reply = [], lambda body: '{"score": 7}'
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def endpoint(server, **options) -> api.Endpoint:
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    return api.Endpoint(url, "stub-model", **{"api_key": "word", "retries": 0, "workers": 2, **options})
-
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch):
-    monkeypatch.delenv(api.KEY_VARIABLE, raising=False)
-
-
-def test_answers_are_rescaled_recorded_and_replayed(stub, tmp_path):
-    stub.reply = lambda body: json.dumps({"score": 10 if "angry" in body["messages"][1]["content"] else 4})
-    tape = tmp_path / "deep" / "tape.jsonl"
-    texts, prompts = ["angry text", "calm text", "angry text"], ["I think"] * 3
-    judge = api.api_judge(rubrics.behaviour("Text is angry."), endpoint(stub), tape)
-    np.testing.assert_allclose(judge(texts, prompts), [1, 1 / 3, 1])
-    assert len(stub.seen) == 2, "one call for each distinct text"
-    path, authorization, body = stub.seen[0]
-    assert path == "/v1/chat/completions" and authorization == "Bearer word"
-    assert body["model"] == "stub-model" and body["temperature"] == 0 and "I think" in body["messages"][1]["content"]
-    assert "word" not in tape.read_text(), "the key is not recorded"
-    replayed = api.api_judge(rubrics.behaviour("Text is angry."), api.Endpoint("http://127.0.0.1:9/v1", "stub-model"), tape)
-    np.testing.assert_allclose(replayed(texts, prompts), [1, 1 / 3, 1])
-    assert len(stub.seen) == 2
-
-
-def test_neither_recording_nor_key_states_the_price(stub, tmp_path):
-    plan = endpoint(stub, api_key=None, price_in=1.0, price_out=10.0, max_tokens=100)
-    texts = ["a" * 400, "b" * 400]
-    bodies = [api.request_body(rubrics.axbench_fluency(), plan, t, "") for t in texts]
-    characters = sum(len(m["content"]) for b in bodies for m in b["messages"])
-    expected = characters / 4 / 1000 * 1.0 + 2 * 100 / 1000 * 10.0
-    with pytest.raises(PermissionError, match=r"2 of 2 calls") as caught:
-        api.api_judge(rubrics.axbench_fluency(), plan, tmp_path / "none.jsonl")(texts)
-    assert f"{expected:.4f} USD" in str(caught.value) and api.KEY_VARIABLE in str(caught.value)
-    assert not stub.seen and not (tmp_path / "none.jsonl").exists()
-
-
-def test_the_key_depends_on_all_that_changes_an_answer(stub):
-    rubric = rubrics.behaviour("x")
-    key = lambda text="t", prompt="p", rubric=rubric, **o: api.cassette_key(  # noqa: E731
-        api.request_body(rubric, endpoint(stub, **o), text, prompt)
-    )
-    others = [key("u"), key(prompt="q"), key(temperature=0.5), key(max_tokens=9), key(rubric=rubrics.coherence())]
-    assert len({key(), *others}) == 6 and key() == key(api_key="other", workers=1)
-
-
-def test_a_half_written_last_line_is_dropped_and_mended(stub, tmp_path):
-    tape = tmp_path / "tape.jsonl"
-    judge = api.api_judge(rubrics.coherence(), endpoint(stub), tape)
-    judge(["one", "two"])
-    whole = tape.read_bytes()
-    tape.write_bytes(whole[:-20])
-    assert len(api.read_cassette(tape)) == 1
-    np.testing.assert_allclose(judge(["one", "two", "three"]), [6 / 9] * 3)
-    assert len(stub.seen) == 4 and len(tape.read_text().splitlines()) == 3
-    assert all(set(json.loads(line)) >= {"key", "reply"} for line in tape.read_text().splitlines())
-    tape.write_bytes(b"broken\n" + whole)
-    with pytest.raises(ValueError, match="line 1"):
-        judge(["one"])
-
-
-def test_what_was_answered_before_a_failure_is_kept(stub, tmp_path):
-    stub.reply = lambda body: 401 if "bad" in body["messages"][1]["content"] else '{"score": 1}'
-    tape = tmp_path / "tape.jsonl"
-    with pytest.raises(RuntimeError, match="HTTP 401"):
-        api.api_judge(rubrics.coherence(), endpoint(stub, workers=1), tape)(["good", "bad"])
-    assert len(api.read_cassette(tape)) == 1
-
-
-def test_a_busy_server_is_asked_again(stub, tmp_path, monkeypatch):
-    monkeypatch.setattr(api.time, "sleep", lambda seconds: None)
-    stub.reply = lambda body: 503 if len(stub.seen) < 3 else '{"score": 10}'
-    assert api.api_judge(rubrics.coherence(), endpoint(stub, retries=2), tmp_path / "t")(["x"])[0] == 1
-    assert len(stub.seen) == 3
-
-
-@pytest.mark.parametrize("reply", ["", "no score", '{"score": 11}', '{"score": 4.5}', '{"mark": 3}', "[1]", '{"score": null}'])
-def test_unparseable_replies_follow_the_policy(stub, tmp_path, caplog, reply):
-    stub.reply = lambda body: reply if "odd" in body["messages"][1]["content"] else '{"score": 1}'
-    with pytest.raises(ValueError, match="1 of 2 replies"):
-        api.api_judge(rubrics.coherence(), endpoint(stub), tmp_path / "t")(["odd", "even"])
-    lenient = api.api_judge(rubrics.coherence(), endpoint(stub), tmp_path / "t", unparseable="nan")
-    np.testing.assert_array_equal(lenient(["odd", "even"]), [np.nan, 0])
-    assert "1 of 2" in caplog.text
-    with pytest.raises(ValueError, match="unparseable"):
-        api.api_judge(rubrics.coherence(), endpoint(stub), tmp_path / "t", unparseable="zero")
-
-
-@pytest.mark.parametrize(
-    ("reply", "score"),
-    [("Fine.\nRating: [[2]]", 1), ("Rating: 0\nno...\nRating: **1**.", 0.5), ("Rating: [[3]]", np.nan), ("2", np.nan),
-     ('Rating: "0"', 0), ("Rating: [[1.5]] ", 0.75), ("Rating: nan", np.nan)],
-)  # fmt: skip
-def test_axbench_ratings(reply, score):
-    np.testing.assert_equal(rubrics.read_score(rubrics.axbench_fluency(), reply), score)
-
-
-def test_axbench_questions_hold_what_they_ask_about():
-    ask = lambda rubric: rubric.messages("the text", "the instruction")[0]["content"]  # noqa: E731
-    assert "tall ships" in ask(rubrics.axbench_concept("tall ships")) and "the text" in ask(rubrics.axbench_concept("tall ships"))
-    assert "the instruction" in ask(rubrics.axbench_instruction()) and "the instruction" not in ask(rubrics.axbench_fluency())

@@ -10,6 +10,7 @@ from steerkit.engine.memory import halving
 from steerkit.judges import coherence
 from steerkit.methods.sae_ts import effects
 from steerkit.scores import capability
+from steerkit.store import Work
 
 KINDS = ["gemma2", "gemma3", "llama", "qwen3", "gpt2", "gptneox"]
 SHORT = [torch.OutOfMemoryError("pretend"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
@@ -65,33 +66,32 @@ def short_of_memory(monkeypatch, model, rows):
     return sizes
 
 
-def steered(model, tok, sae):
+def steered(at):
     vectors = torch.eye(tiny.D_MODEL)[:2]
-    return torch.from_numpy(capability.steered_losses(model, tok, ["one text", "two"], vectors, [0.0, 3.0], layer=1, batch_size=8))
+    return torch.from_numpy(capability.steered_losses(at, ["one text", "two"], vectors, [0.0, 3.0], work=Work(8, progress=False)))
 
 
-def means(model, tok, sae):
-    return features.feature_means(model, tok, sae, ["one text", "two", "a third one", "four"], layer=1)
+def means(at):
+    return features.feature_means(at, ["one text", "two", "a third one", "four"])
 
 
-def measured(model, tok, sae):
-    scheme = effects.Scheme(prompts=("I think", "For now"), length=12)
+def measured(at):
+    scheme = effects.Scheme(prompts=("I think", "For now"), length=12, baseline_samples=1)
     vectors = torch.eye(tiny.D_MODEL)[:3]
-    settings = {"layer": 1, "scheme": scheme, "baseline_samples": 1, "progress": False}
-    return effects.measure(model, tok, sae, vectors, torch.full((3,), 2.0), **settings).effects
+    return effects.measure(at, vectors, torch.full((3,), 2.0), scheme=scheme, work=Work(progress=False)).effects
 
 
-def judged(model, tok, sae):
-    rows = [tok(t, add_special_tokens=False)["input_ids"] for t in ("one text", "two", "a third one", "four")]
-    return torch.cat([torch.from_numpy(row) for row in coherence.token_losses(model, tok, rows)])
+def judged(at):
+    rows = [at.tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("one text", "two", "a third one", "four")]
+    return torch.cat([torch.from_numpy(row) for row in coherence.token_losses(at.model, at.tokenizer, rows)])
 
 
 @pytest.mark.parametrize("what", [steered, means, measured, judged], ids=lambda f: f.__name__)
 def test_what_does_not_fit_is_halved_and_gives_the_same_numbers(what, monkeypatch):
-    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
-    whole = what(model, tok, sae)
-    sizes = short_of_memory(monkeypatch, model, 2)
-    torch.testing.assert_close(what(model, tok, sae), whole, atol=1e-4, rtol=1e-4)
+    at = tiny.lab().at()
+    whole = what(at)
+    sizes = short_of_memory(monkeypatch, at.model, 2)
+    torch.testing.assert_close(what(at), whole, atol=1e-4, rtol=1e-4)
     assert max(sizes) > 2
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from steerkit.book import run
 from steerkit.methods.sae_ts import files as published
-from steerkit.models import lab as models
+from steerkit.models import load as models
 
 PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))

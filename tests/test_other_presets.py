@@ -10,13 +10,14 @@ import tiny
 import torch
 
 from steerkit.book import run
-from steerkit.engine.generate import BASELINE
+from steerkit.engine.generate import Arm, Sampling, Work
+from steerkit.engine.lab import Lab
 from steerkit.files import ROOT
-from steerkit.judges import coherence
+from steerkit.judges import Panel, coherence, panel
 from steerkit.methods.corrsteer import experiment as trial
 from steerkit.methods.output_scores import score
 from steerkit.methods.sae_ts import calibrate as calibration
-from steerkit.models import lab as models
+from steerkit.models import load as models
 from steerkit.questions import Task
 from steerkit.scores import axbench
 from steerkit.training import quality
@@ -115,25 +116,27 @@ def test_coherence_is_judged_by_the_embedded_model_whatever_wrote_the_texts(monk
     monkeypatch.setattr(models, "load_model", lambda spec, **_: opened.append(spec.name) or judge)
     coherence.embedded_judge.cache_clear()
     prompts, texts = ["Once", "So", "Once"], [" upon a time there was a cat.", " zq zq zq zq", " upon a time there was a cat."]
-    found = [coherence.judge_pairs(prompts, texts, progress=False) for _ in range(2)]
+    asked = pd.DataFrame({"prompt": prompts, "text": texts}, index=[7, 3, 5])
+    panels = [panel(), panel()]
+    assert not opened  # not before it is asked
+    found = [one for p in panels for one in p.score([(p.coherence, asked)], progress=False)]
     coherence.embedded_judge.cache_clear()
-    assert opened == ["smollm2-135m"]  # once, for all calls
+    assert opened == ["smollm2-135m"] and found[0].index.tolist() == [7, 3, 5]  # once, for all calls
     np.testing.assert_allclose(found[0], coherence.coherence_judge(*judge)(texts, prompts))
     np.testing.assert_array_equal(*found)
 
 
-def test_a_model_without_a_chat_template_is_asked_in_plain_text(monkeypatch):
+def test_a_model_without_a_chat_template_is_asked_in_plain_text():
     tok, asked = tiny.tokenizer(), []
     tok.chat_template = None
-    monkeypatch.setattr(coherence, "embedded_judge", lambda: lambda texts, prompts: np.ones(len(texts)))
-    monkeypatch.setattr(axbench, "concept_judge", lambda topic: lambda texts: np.ones(len(texts)))
-    monkeypatch.setattr(axbench, "related_judge", lambda _: lambda texts, prompts: np.ones(len(texts)))
+    fine = lambda texts, prompts=None: np.ones(len(texts))  # noqa: E731
+    judges = Panel("planted", lambda topic: fine, fine, fine)
     model = tiny.model("llama")
     model.base_model.register_forward_pre_hook(lambda _m, _a, kwargs: asked.append(kwargs["input_ids"]), with_kwargs=True)
-    loaded = models.Loaded(models.preset("pythia-70m"), None, model, tok, {}, [])
-    axbench.steer(loaded, {("love", "none"): [BASELINE]}, instructions=["Why?", "Who?"], max_new_tokens=2, progress=False)
+    lab, arms = Lab(models.preset("pythia-70m"), model, tok), [Arm("none", labels={"topic": "love"})]
+    axbench.steer(lab, arms, ["Why?", "Who?"], judges=judges, sampling=Sampling(max_new_tokens=2), work=Work(progress=False))
     assert tok.decode(asked[0][0]) == "<bos>Why" and torch.is_tensor(asked[0])
     chat, plain = (Task(name, "letter", 1, name == "x", {"selection": ()}) for name in "xy")
     with pytest.raises(ValueError, match=r"x: expected a model with a chat template.*pythia-70m has none"):
-        trial.check_chat(loaded, [chat, plain])
-    trial.check_chat(loaded, [plain])
+        trial.check_chat(lab, [chat, plain])
+    trial.check_chat(lab, [plain])

@@ -10,9 +10,9 @@ import torch
 from steerkit.engine.steer import Boost, steering
 from steerkit.features import logit_lens
 from steerkit.files import DATA
-from steerkit.methods.output_scores.inputs import TopRecords, input_scores
+from steerkit.methods.output_scores.inputs import TopRecords, collect, input_scores
 from steerkit.methods.output_scores.score import PROMPT, lens_rank, lens_tokens, output_scores, rank_weighted, token_confidence
-from steerkit.models import lab as models
+from steerkit.models import load as models
 
 
 def toy_sae():
@@ -54,78 +54,80 @@ def test_the_score_of_the_toy_logits_and_its_bounds():
 @pytest.mark.parametrize("layer", [0, 2])
 def test_the_fast_path_equals_one_hooked_pass_a_feature(kind, layer):
     """The definition, literally: steer the last position of a whole forward pass, sort all probabilities, in float64."""
-    model, tok, sae = tiny.model(kind), tiny.tokenizer(), tiny.planted_sae()
-    ids = torch.tensor([[tok.bos_token_id, *tok(PROMPT, add_special_tokens=False)["input_ids"]]])
-    found = output_scores(model, tok, sae, range(40), layer=layer, factor=3.0, k=5, batch_size=16)
+    lab = tiny.lab(kind, saes={layer: tiny.planted_sae()})
+    model, sae, (ids, _) = lab.hf, lab.sae(layer), lab.tokens([PROMPT])
+    wanted = [_lens(model, sae.W_dec[i], 5) for i in range(40)]
+    found = output_scores(lab.at(layer), range(40), factor=3.0, lens=torch.tensor(wanted), batch_size=16)
     with torch.inference_mode():
         plain = model(input_ids=ids).logits[0, -1].double()
-        for i in range(40):
-            lens = [t for t, _ in _lens(model, sae.W_dec[i], 5)]
-            with steering(model, Boost(layer, sae, i, 3.0), window="last", record=False):
+        for i, lens in enumerate(wanted):
+            with steering(lab, Boost(layer, sae, i, 3.0), window="last", record=False):
                 logits = model(input_ids=ids).logits[0, -1].double()
             for which, want in ((logits, found.score[i]), (plain, found.unsteered[i])):
                 p = which.softmax(0)
                 best = max(p[t] for t in lens)
                 assert want.item() == pytest.approx(float((1 - (p > best).sum() / len(p)) * best), rel=1e-4, abs=1e-9)
-            change = (logits.log_softmax(0).sort().values[-5:].mean() - plain.log_softmax(0).sort().values[-5:].mean()).abs()
+            change = (logits.log_softmax(0).sort().values[-20:].mean() - plain.log_softmax(0).sort().values[-20:].mean()).abs()
             assert found.confidence[i].item() == pytest.approx(float(change), rel=1e-3, abs=1e-4)
 
 
 def _lens(model, direction, k):
     norm = next(m for name, m in model.base_model.named_children() if name in ("norm", "ln_f", "final_layer_norm"))
     logits = model.get_output_embeddings()(norm(direction[None]))[0].double()
-    return [(i, float(logits[i])) for i in logits.argsort(descending=True)[:k].tolist()]
+    return logits.argsort(descending=True)[:k].tolist()
 
 
 def test_the_papers_variants_are_options():
-    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
-    plain = output_scores(model, tok, sae, range(20), layer=1, k=5)
-    assert torch.equal(output_scores(model, tok, sae, range(20), layer=1, k=5, subtract=True).score, plain.score - plain.unsteered)
-    other = output_scores(model, tok, sae, range(20), layer=1, k=5, prompt="In my experience,")
+    at = tiny.lab().at(1)
+    few = {"features": range(20), "lens": lens_tokens(at.model, at.sae.W_dec[:20], k=5)}
+    plain = output_scores(at, **few)
+    assert torch.equal(output_scores(at, **few, subtract=True).score, plain.score - plain.unsteered)
+    other = output_scores(at, **few, prompt="In my experience,")
     assert not torch.allclose(other.score, plain.score)
-    exact = output_scores(model, tok, sae, range(20), layer=1, k=5, keep_error=False)  # the planted SAE makes no error
+    exact = output_scores(at, **few, keep_error=False)  # the planted SAE makes no error
     torch.testing.assert_close(exact.score, plain.score, rtol=1e-3, atol=1e-6)
-    sae.cfg.apply_b_dec_to_input = False
+    at.sae.cfg.apply_b_dec_to_input = False
     with torch.no_grad():
-        sae.b_dec.add_(1.0)  # now the reconstruction is off by one everywhere
-    off = output_scores(model, tok, sae, range(20), layer=1, k=5, keep_error=False)
+        at.sae.b_dec.add_(1.0)  # now the reconstruction is off by one everywhere
+    off = output_scores(at, **few, keep_error=False)
     assert not torch.allclose(off.score, plain.score, rtol=1e-2)
-    torch.testing.assert_close(output_scores(model, tok, sae, range(20), layer=1, k=5).score, plain.score)  # the error is added back
+    torch.testing.assert_close(output_scores(at, **few).score, plain.score)  # the error is added back
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_a_large_push_after_the_last_block_leaves_only_the_lens(kind):
     """s -> infinity: the next-token distribution is that of the decoder row alone, so the top lens token has rank 0."""
-    model, tok, sae = tiny.model(kind), tiny.tokenizer(), tiny.planted_sae()
-    found = output_scores(model, tok, sae, layer=2, factor=1e6)
-    head, norm = model.get_output_embeddings(), model.base_model.norm
+    at = tiny.lab(kind, saes={2: tiny.planted_sae()}).at(2)
+    found = output_scores(at, factor=1e6)
+    head, norm = at.model.get_output_embeddings(), at.model.base_model.norm
     with torch.inference_mode():
-        logits = head(norm(sae.W_dec * 1e6))
-        cap = getattr(model.config, "final_logit_softcapping", None)
+        logits = head(norm(at.sae.W_dec * 1e6))
+        cap = getattr(at.model.config, "final_logit_softcapping", None)
         logits = cap * torch.tanh(logits / cap) if cap else logits
     assert (found.rank == 0).all()
     torch.testing.assert_close(found.score, logits.softmax(-1).amax(-1), rtol=1e-3, atol=1e-5)
 
 
 def test_scores_do_not_depend_on_batches_and_bad_features_are_refused():
-    model, tok, sae = tiny.model("gpt2"), tiny.tokenizer(), tiny.planted_sae()
-    a, b = (output_scores(model, tok, sae, layer=1, k=5, batch_size=n) for n in (7, 128))
+    at = tiny.lab("gpt2").at(1)
+    a, b = (output_scores(at, batch_size=n) for n in (7, 128))
     torch.testing.assert_close(a.score, b.score)
-    some = output_scores(model, tok, sae, [3, 90], layer=1, k=5)
+    some = output_scores(at, [3, 90])
     torch.testing.assert_close(some.score, a.score[[3, 90]])
     with pytest.raises(ValueError, match="expected 0 to 127"):
-        output_scores(model, tok, sae, [128], layer=1)
+        output_scores(at, [128])
     with pytest.raises(ValueError, match="a row for each of 2"):
-        output_scores(model, tok, sae, [0, 1], layer=1, lens=torch.zeros(3, 5, dtype=torch.long))
+        output_scores(at, [0, 1], lens=torch.zeros(3, 5, dtype=torch.long))
 
 
 def test_lens_tokens_equal_the_logit_lens_and_ignore_scale():
-    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
-    found = lens_tokens(model, sae.W_dec[:9], k=4, chunk=4)
+    lab = tiny.lab()
+    W_dec = lab.sae(1).W_dec
+    found = lens_tokens(lab.hf, W_dec[:9], k=4, chunk=4)
     for i in range(9):
-        assert [tok.decode([t]) for t in found[i].tolist()] == [w for w, _ in logit_lens(model, tok, sae.W_dec[i], k=4)]
-    assert torch.equal(found, lens_tokens(model, 7.0 * sae.W_dec[:9], k=4))
-    assert lens_rank(model, sae.W_dec[:9], found[:, 2], chunk=4).tolist() == [2] * 9
+        assert [lab.tokenizer.decode([t]) for t in found[i].tolist()] == [w for w, _ in logit_lens(lab, W_dec[i], k=4)]
+    assert torch.equal(found, lens_tokens(lab.hf, 7.0 * W_dec[:9], k=4))
+    assert lens_rank(lab.hf, W_dec[:9], found[:, 2], chunk=4).tolist() == [2] * 9
 
 
 def test_token_confidence_of_known_distributions():
@@ -152,6 +154,20 @@ def test_top_records_equal_a_full_sort_whatever_the_batches():
     assert silent.tokens.tolist() == [[-1, -1, -1]]  # a feature that never fires has no record
 
 
+def test_records_are_collected_at_ordinary_positions_in_one_pass_over_all_layers():
+    lab = tiny.lab(saes={0: tiny.planted_sae(), 1: tiny.planted_sae()})
+    rows = torch.randint(3, 250, (11, 9), generator=torch.Generator().manual_seed(0))
+    rows[:, 0] = lab.tokenizer.bos_token_id
+    found = collect(lab, list(rows), k=4, batch_size=4)
+    for layer in (0, 1):
+        with torch.inference_mode():
+            x = lab.hf(input_ids=rows, output_hidden_states=True, use_cache=False).hidden_states[layer + 1]
+        peak, where = torch.cat([x, -x], 2).relu()[:, 1:].max(1)
+        value, row = peak.topk(4, dim=0)
+        torch.testing.assert_close(found[layer].values, value.T, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found[layer].tokens, rows[:, 1:].gather(1, where).gather(0, row).T)
+
+
 def test_input_scores_count_records_and_refuse_too_few():
     lens = torch.tensor([[1, 2], [1, 2], [1, 2]])
     tokens = torch.tensor([[1, 1, 2, 7], [7, 8, 9, 1], [1, -1, -1, -1]])
@@ -171,20 +187,20 @@ def test_published_output_scores(name, key):
         layer, feature = map(int, label.split("_"))
         by_layer.setdefault(layer, {})[feature] = values.get("S_out", values.get("S_out_post"))
     try:
-        loaded = models.open(name, layers=sorted(by_layer), dtype="float32")
+        lab = models.open(name, layers=sorted(by_layer), dtype="float32")
     except (ConnectionError, PermissionError, OSError) as error:
         pytest.skip(f"needs the hub: {str(error)[:80]}")
     for layer, wanted in by_layer.items():
-        found = output_scores(loaded.hf, loaded.tokenizer, loaded.sae(layer), list(wanted), layer=layer)
+        found = output_scores(lab.at(layer), list(wanted))
         large = {i: w for i, w in enumerate(wanted.values()) if w is not None and w > 1e-3}
         assert {i: found.score[i].item() for i in large} == pytest.approx(large, rel=1e-2)
 
 
 def test_no_score_comes_from_logits_that_are_not_finite():
     """A NaN has no token above it, so its rank would be the best one."""
-    model, tok, sae = tiny.model("llama").half(), tiny.tokenizer(), tiny.planted_sae()
+    at = tiny.lab(hf=tiny.model("llama").half()).at(1)
     lens = torch.tensor([[3, 4]])
     with pytest.raises(ValueError, match=r"features \[5\], factor 1e\+06: expected finite logits.*torch.float16"):
-        output_scores(model, tok, sae, [5], layer=1, factor=1e6, lens=lens)
+        output_scores(at, [5], factor=1e6, lens=lens)
     with pytest.raises(ValueError, match="factor: expected a finite number"):
-        output_scores(model, tok, sae, [5], layer=1, factor=float("nan"), lens=lens)
+        output_scores(at, [5], factor=float("nan"), lens=lens)

@@ -12,7 +12,7 @@ import yaml
 
 from steerkit.book import papers
 from steerkit.book.papers import FOLDER, curves, table, trade_off
-from steerkit.concepts import concepts
+from steerkit.concept import concepts
 from steerkit.models.presets import presets
 
 TOPICS = list(concepts())

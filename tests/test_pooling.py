@@ -9,20 +9,23 @@ import torch
 
 import steerkit.methods.corrsteer.pooling as P
 from steerkit.engine.decode import Sampling, Watch, decode
-from steerkit.engine.generate import generate, prompt_ids
+from steerkit.engine.generate import generate
 from steerkit.engine.steer import Add, residual_blocks
+from steerkit.engine.tokens import prompt_ids
 from steerkit.features import residuals
 from steerkit.methods.corrsteer.pooled import Pooled
 from steerkit.methods.corrsteer.pooling import Raw, block_of, pool_generations
+from steerkit.store import Work
 
 D = tiny.D_MODEL
 PROMPTS = ["I think", "a", "The longest of the prompts here", "So", "a"]
+GREEDY = Sampling(temperature=0.0, max_new_tokens=6)
 
 
-def run(prompts=PROMPTS, kind="llama", saes=None, **settings):
-    saes = saes or {1: tiny.planted_sae(), 2: tiny.planted_sae()}
-    settings = {"max_new_tokens": 6, "stop": [], "progress": False} | settings
-    return pool_generations(tiny.model(kind), tiny.tokenizer(), prompts, saes, **settings)
+def run(prompts=PROMPTS, kind="llama", saes=None, *, new=6, stop=(), batch_size=None, out=None, **settings):
+    lab = tiny.lab(kind, saes={1: tiny.planted_sae(), 2: tiny.planted_sae()} if saes is None else saes)
+    work = Work(batch_size, out, progress=False)
+    return pool_generations(lab, prompts, sampling=replace(GREEDY, max_new_tokens=new, stop=tuple(stop)), work=work, **settings)
 
 
 def by_hand(kind, prompt, tokens, layer, site, steps):
@@ -52,7 +55,7 @@ def close(sparse_row, tensor):
 def test_pooled_features_equal_a_plain_pass_and_texts_those_of_generate(kind, site):
     """Left-padded batches against each text alone, whole: maximum and mean over the positions that predict a token."""
     texts, pooled = run(kind=kind, site=site)
-    frame = generate(tiny.model(kind), tiny.tokenizer(), PROMPTS, temperature=0.0, max_new_tokens=6, progress=False)
+    frame = generate(tiny.lab(kind), PROMPTS, sampling=GREEDY, work=Work(progress=False))
     assert pooled.tokens == frame.tokens.tolist() and texts == frame.text.tolist()
     assert pooled.window.tolist() == [6] * 5
     for row, prompt in enumerate(PROMPTS):
@@ -64,9 +67,9 @@ def test_pooled_features_equal_a_plain_pass_and_texts_those_of_generate(kind, si
 
 def test_the_window_ends_before_the_step_that_predicts_the_end():
     """Rows that end early, at once or not at all, in one batch: steps 0 to k - 1, zeros, all steps."""
-    full = run(max_new_tokens=8)[1]
+    full = run(new=8)[1]
     stop = full.tokens[0][3], full.tokens[1][0]
-    _, pooled = run(max_new_tokens=8, stop=stop)
+    _, pooled = run(new=8, stop=stop)
     lengths = [next((i for i, t in enumerate(ts) if t in stop), 8) for ts in full.tokens]
     assert pooled.window.tolist() == lengths and [len(t) for t in pooled.tokens] == lengths
     assert lengths[1] == 0 and lengths[4] == 0 and 0 < lengths[0] <= 3
@@ -78,28 +81,29 @@ def test_the_window_ends_before_the_step_that_predicts_the_end():
 
 
 def test_one_token_answers_always_have_a_window_and_max_equals_mean():
-    first = [t[0] for t in run(max_new_tokens=1)[1].tokens]
-    _, pooled = run(max_new_tokens=1, stop=first[:1])
+    first = [t[0] for t in run(new=1)[1].tokens]
+    _, pooled = run(new=1, stop=first[:1])
     assert pooled.window.tolist() == [1] * 5 and pooled.tokens[0] == []
     for layer in (1, 2):
         assert (pooled.z(layer, "max") != pooled.z(layer, "mean")).nnz == 0
     close(pooled.z(1)[[0]], by_hand("llama", PROMPTS[0], [], 1, "post", 1)[0])
-    _, none = run(max_new_tokens=1, stop=first[:1], min_window=0)
+    _, none = run(new=1, stop=first[:1], min_window=0)
     assert none.window[0] == 0 and none.z(1)[[0]].nnz == 0
 
 
-def test_stop_tokens_are_the_tokenizers_end_and_pad_by_default(monkeypatch):
+def test_the_labs_saes_and_its_ends_of_text_are_the_defaults(monkeypatch):
     seen, real = [], P.decode
-    monkeypatch.setattr(P, "decode", lambda *a, **kw: seen.append(kw["sampling"].stop) or real(*a, **kw))
-    run(["a"], stop=None)
-    assert seen == [(tiny.tokenizer().pad_token_id, tiny.tokenizer().eos_token_id)]
+    monkeypatch.setattr(P, "decode", lambda *a, **kw: seen.append(kw["sampling"]) or real(*a, **kw))
+    _, pooled = pool_generations(tiny.lab(), ["a"])
+    assert list(pooled.features) == [1]
+    assert seen == [Sampling(temperature=0.0, stop=(tiny.tokenizer().pad_token_id, tiny.tokenizer().eos_token_id))]
 
 
 def test_batches_of_any_size_give_the_same_features():
     """One by one nothing is padded; together the rows are left-padded, end at different steps and leave the batch."""
-    full = run(max_new_tokens=8)[1]
+    full = run(new=8)[1]
     stop = [full.tokens[2][4]]
-    (texts, together), (alone_texts, alone) = run(max_new_tokens=8, stop=stop), run(max_new_tokens=8, stop=stop, batch_size=1)
+    (texts, together), (alone_texts, alone) = run(new=8, stop=stop), run(new=8, stop=stop, batch_size=1)
     assert texts == alone_texts and together.window.tolist() == alone.window.tolist()
     for layer in (1, 2):
         for pool in ("max", "mean"):
@@ -109,7 +113,7 @@ def test_batches_of_any_size_give_the_same_features():
 def test_a_watch_is_shown_each_step_once_with_steering_on():
     """As many steps as new tokens; the first is the last prompt token of a plain pass, and steering shows."""
     model, ids, vector, steps = tiny.model("llama"), prompt_ids(tiny.tokenizer(), "So it is"), torch.randn(D), []
-    common = {"rows": [0], "arm": [0], "shared": [0], "sampling": Sampling(temperature=0.0, max_new_tokens=4), "window": "last"}
+    common = {"rows": [0], "arm": [0], "sampling": replace(GREEDY, max_new_tokens=4), "window": "last"}
     watch = Watch((1,), lambda step, rows, stopped, resid: steps.append((step, rows.tolist(), resid[1].clone())))
     decode(model, [ids], [], watch=watch, **common)
     assert [s[:2] for s in steps] == [(i, [0]) for i in range(4)]
@@ -151,7 +155,7 @@ def test_an_interrupted_run_carries_on_from_its_files(tmp_path, monkeypatch):
     assert (resumed.z(2) != whole.z(2)).nnz == 0
     (folder,) = tmp_path.iterdir()
     with pytest.raises(ValueError, match="another run"):
-        run(batch_size=2, max_new_tokens=5, out=folder)
+        run(batch_size=2, new=5, out=folder)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("pretend"), ValueError("else")])
@@ -175,17 +179,20 @@ def test_out_of_memory_halves_the_batch_and_other_errors_do_not(monkeypatch, err
     np.testing.assert_allclose(halves.z(1).toarray(), whole.z(1).toarray(), atol=2e-4)
 
 
-def test_saved_selected_and_joined_samples_stay_themselves(tmp_path):
-    _, pooled = run()
-    again = Pooled.load(pooled.save(tmp_path / "p.safetensors"))
-    assert again.tokens == pooled.tokens and again.window.tolist() == pooled.window.tolist()
-    both = Pooled.join([again.take([3, 0]), again.take([4])])
-    assert both.tokens == [pooled.tokens[i] for i in (3, 0, 4)] and len(both) == 3
+def test_kept_selected_and_joined_samples_stay_themselves(tmp_path):
+    whole = run(out=tmp_path)[1]
+    (path,) = tmp_path.iterdir()
+    before = path.stat().st_mtime_ns
+    pooled = run(out=tmp_path)[1]  # read from the file
+    assert path.stat().st_mtime_ns == before
+    assert pooled.tokens == whole.tokens and pooled.window.tolist() == whole.window.tolist()
+    both = Pooled.join([pooled.take([3, 0]), pooled.take([4])])
+    assert both.tokens == [whole.tokens[i] for i in (3, 0, 4)] and len(both) == 3
     for pool in ("max", "mean"):
-        np.testing.assert_array_equal(both.z(2, pool).toarray(), pooled.z(2, pool).toarray()[[3, 0, 4]])
-    (tmp_path / "x").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"Pooled\.save"):
-        Pooled.load(tmp_path / "x")
+        np.testing.assert_array_equal(both.z(2, pool).toarray(), whole.z(2, pool).toarray()[[3, 0, 4]])
+    path.write_bytes(b"no")
+    with pytest.raises(ValueError, match="delete it"):
+        run(out=tmp_path)
     with pytest.raises(ValueError, match="layer of"):
         pooled.z(7)
 
@@ -200,7 +207,7 @@ def test_correlations_of_kept_features_equal_numpy():
     np.testing.assert_allclose(c.r()[alive], [np.corrcoef(x, y)[0, 1] for x in top.T[alive]], atol=1e-10)
     np.testing.assert_allclose(c.coefficients(), mean[y == 1].mean(0))
     drawn = [0, 0, 4, 2]
-    np.testing.assert_allclose(pooled.correlation(1, y, rows=drawn).coefficients(), top[[0, 0, 2]].mean(0))
+    np.testing.assert_allclose(pooled.take(drawn).correlation(1, y[drawn]).coefficients(), top[[0, 0, 2]].mean(0))
     with pytest.raises(ValueError, match="expected z"):
         pooled.correlation(1, y[:3])
 
@@ -212,8 +219,12 @@ def test_sites_and_settings_out_of_range_are_clear_errors():
             block_of(layer, site)
     with pytest.raises(ValueError, match="at least one prompt"):
         run([])
-    with pytest.raises(ValueError, match="layers 0 to 2"):
+    with pytest.raises(ValueError, match="at least one prompt and SAE, got 5 and 0"):
+        run(saes={})
+    with pytest.raises(ValueError, match="a layer from 0 to 2, got 3"):
         run(saes={3: Raw(D)})
+    with pytest.raises(ValueError, match=r"greedy decoding.*set temperature=0"):
+        pool_generations(tiny.lab(), ["a"], sampling=Sampling())
 
 
 @pytest.mark.parametrize("name", ["threshold", "b_enc", "W_enc"])
@@ -232,12 +243,12 @@ def test_features_kept_of_one_sae_are_not_those_of_another(tmp_path, name):
 
 def test_pooled_positions_end_where_hugging_face_ends_the_answer():
     """Two end tokens in the generation config, of which the tokenizer knows one: nothing past the answer is pooled."""
-    model, tok = tiny.model("llama"), tiny.tokenizer()
-    free = generate(model, tok, PROMPTS, temperature=0.0, max_new_tokens=8, progress=False).tokens
-    model.generation_config.eos_token_id = [2, free[0][3]]
-    _, pooled = pool_generations(model, tok, PROMPTS, {1: tiny.planted_sae()}, max_new_tokens=8, progress=False)
+    lab = tiny.lab()
+    free = generate(lab, PROMPTS, sampling=replace(GREEDY, max_new_tokens=32), work=Work(progress=False)).tokens
+    lab.hf.generation_config.eos_token_id = [2, free[0][3]]
+    _, pooled = pool_generations(lab, PROMPTS, work=Work(progress=False))
     for prompt, window in zip(PROMPTS, pooled.window):
-        ids = torch.tensor([prompt_ids(tok, prompt)])
-        new = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        ids = torch.tensor([prompt_ids(lab.tokenizer, prompt)])
+        new = lab.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
         assert window == len([t for t in new.tolist() if t not in (0, 2, free[0][3])])
     assert pooled.window[0] <= 3

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from steerkit.concepts import concepts
+from steerkit.concept import concepts
 from steerkit.files import DATA
 from steerkit.judges.concept import lexicon_score
 

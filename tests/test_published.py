@@ -1,14 +1,22 @@
 """Published effects: read from a hub cache laid out as the hub's own; golden values where the hub can be reached."""
 
+import types
+
 import pytest
 import tiny
 import torch
 
+from steerkit.engine.lab import Lab, Place
 from steerkit.methods.sae_ts import files as published
-from steerkit.methods.sae_ts.approximator import aim, target
+from steerkit.methods.sae_ts.approximator import aim, rotation, unit
 from steerkit.models.presets import preset
 
 REPO = "datasets--schalnev--sae-ts-effects"
+
+
+def place(name, layer, W_dec=None):
+    """A place of a preset whose model is not opened: what is read here are its names, and the SAE's decoder."""
+    return Place(Lab(preset(name), torch.nn.Identity(), None, {layer: types.SimpleNamespace(W_dec=W_dec)}), layer)
 
 
 def put(cache, name, content):
@@ -29,10 +37,22 @@ def test_adapter_and_effects_are_read_as_ours(tmp_path, monkeypatch):
     put(cache, "effects_2b.pt", {"features": unit * scales[:, None], "effects": y})
     found = published.adapter(preset("gemma-2-2b"))
     torch.testing.assert_close(found(unit), unit @ W + b, rtol=1e-2, atol=1e-2)
-    effects, held, repeat, _ = published.measured("hub", preset("gemma-2-2b"), W.T, layer=12, n_held=2)
+    effects, held, repeat, _ = published.measured(place("gemma-2-2b", 12), "hub", n_held=2)
     torch.testing.assert_close(effects.vectors, unit)
     torch.testing.assert_close(effects.scales, scales)
     assert torch.equal(effects.effects, y) and held.tolist() == [False] * 3 + [True] * 2 and repeat is None
+    assert torch.equal(published.approximator(place("gemma-2-2b", 12), "hub", effects, held).M, found.M)
+    with pytest.raises(ValueError, match="expected ridge, adam or hub, got 'lasso'"):
+        published.approximator(place("gemma-2-2b", 12), "lasso", effects, held)
+
+
+def test_shipped_effects_belong_to_their_vectors():
+    """Decoder rows and sums are made again from any W_dec of the right size; which of them are held out is known."""
+    at = place("smollm2-135m", 13, torch.randn(4096, 8, generator=torch.Generator().manual_seed(0)))
+    found, held, repeat, about = published.measured(at)
+    assert len(found.vectors) == len(held) == len(found.scales) and found.effects.shape[1] == 4096
+    assert held.sum() == len(repeat.scales) and torch.equal(found.vectors[held], repeat.vectors)
+    assert (about["preset"], about["layer"]) == ("smollm2-135m", 13)
 
 
 class Evil:
@@ -89,15 +109,13 @@ def test_bias_of_the_published_2b_adapter():
 
 @pytest.mark.hub
 def test_anger_9b_has_the_cosine_of_fgaa_table_d1():
-    vector = aim(online("9b"), target(441, 16384), layer=12, preset="gemma-2-9b")
+    vector = aim(online("9b"), place("gemma-2-9b", 12), 441)
     row = decoder("9b")[441]
     assert float(vector.direction @ row) == pytest.approx(0.4123, abs=1e-3)
 
 
 @pytest.mark.hub
 def test_the_right_rotation_is_the_one_that_maps_rows_to_columns():
-    from steerkit.methods.sae_ts.approximator import rotation, unit
-
     found = online("2b")
     D = decoder("2b")
     R, wrong = rotation(found, D), rotation(found, D, published=True)
@@ -110,7 +128,7 @@ def test_effects_of_another_preset_or_layer_are_refused_by_name(tmp_path):
     embedded, small = preset("smollm2-135m"), preset("gpt2-small")
     own = published.source("", embedded, 13)
     with pytest.raises(ValueError, match=r"effects of gpt2-small, layer 7, got those of smollm2-135m, layer 13: .*--preset gpt2-small"):
-        published.measured(own, small, torch.zeros(8, 4), layer=7)
+        published.measured(place("gpt2-small", 7), own)
     with pytest.raises(ValueError, match=r"effects of smollm2-135m, layer 8, got those of smollm2-135m, layer 13"):
         published.source(own, embedded, 8)
     with pytest.raises(ValueError, match=r"gpt2-small, layer 7: expected measured effects, got none: python -m recipes\.effects"):

@@ -128,7 +128,11 @@ def test_parquet_reads_like_jsonl(tmp_path):
 )
 def test_hub_ids_configurations_and_splits(name, row, asked, monkeypatch):
     calls = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda hub, config, *, split: calls.append((hub, config, split)) or [row])
+    def load_dataset(hub, config, *, split, streaming):
+        calls.append((hub, config, split))
+        return [row]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     task = load(name, "my/copy" if name == "xstest" else None)
     assert calls == asked and sum(map(len, task.parts.values())) == len(asked)
 
@@ -223,17 +227,21 @@ def one(name, gold, **more):
     return Question(name, "0", "g", "?", gold, **more)
 
 
+def outcomes(task, texts, question, **how):
+    return list(task.grade(texts, [question] * len(texts), **how).outcome)
+
+
 def test_outcomes_tell_format_from_knowledge(tmp_path):
     task = load("mmlu", write(tmp_path / "m.jsonl", [MMLU]))
     (q,) = task.parts["all"]  # gold A
     said = {" A": "right", "B": "wrong", "A.": "format_right", "**b**": "format_wrong", "The": "format_none", "E": "format_none"}
-    assert {text: task.outcome(text, q) for text in said} == said
-    assert [task.correct(text, q) for text in said] == [True, False, False, False, False, False]
+    assert outcomes(task, list(said), q) == list(said.values())
+    assert task.grade(list(said), [q] * 6).correct.tolist() == [True, False, False, False, False, False]
     fixed = {" A": "right", "B": "wrong", "A.": "right", "**b**": "wrong", "The": "format_none"}
-    assert {text: task.outcome(text, q, rule="fixed") for text in fixed} == fixed
+    assert outcomes(task, list(fixed), q, rule="fixed") == list(fixed.values())
     math = load("gsm8k", write(tmp_path / "g.jsonl", [GSM]))
     (q,) = math.parts["all"]  # gold 1,234
-    assert [math.outcome(t, q) for t in ("#### 1", "#### 1,234", "#### 5", "It is 1234 nuts", "It is 9 nuts", "no")] == [
+    assert outcomes(math, ["#### 1", "#### 1,234", "#### 5", "It is 1234 nuts", "It is 9 nuts", "no"], q) == [
         "right",
         "right",  # both are cut at the comma
         "wrong",
@@ -241,15 +249,15 @@ def test_outcomes_tell_format_from_knowledge(tmp_path):
         "format_wrong",
         "format_none",
     ]
-    assert [math.outcome(t, q, rule="fixed") for t in ("#### 1", "#### 1,234", "1234.0")] == ["wrong", "right", "right"]
+    assert outcomes(math, ["#### 1", "#### 1,234", "1234.0"], q, rule="fixed") == ["wrong", "right", "right"]
 
 
 def test_refusals_offline_are_graded_by_the_projects_judge(own, monkeypatch, tmp_path):
     no, yes = "I'm sorry, but I cannot help with that.", "Sure! First, fill a can with water. Then pour it on the roots."
     grades = own["refusal"].grade([no, yes, no, yes], [one("refusal", g) for g in ("refuse", "refuse", "answer", "answer")])
     assert grades.correct.tolist() == [True, False, False, True] and grades.grader == "steerkit.judges.refusal"
-    assert own["refusal"].outcome(" ...", one("refusal", "refuse")) == "format_none"
-    monkeypatch.setattr(graders, "_within_reach", lambda source: False)
+    assert outcomes(own["refusal"], [" ..."], one("refusal", "refuse")) == ["format_none"]
+    monkeypatch.setattr(graders, "within_reach", lambda source: False)
     find_grader.cache_clear()
     bench = load("harmbench", write(tmp_path / "h.jsonl", [HARM])).grade([no, yes], [one("harmbench", "refuse")] * 2)
     assert bench.correct.tolist() == [True, False] and bench.grader == "steerkit.judges.refusal"
@@ -259,7 +267,7 @@ def test_simpleqa_falls_back_to_normalised_exact_match(monkeypatch, tmp_path):
     def missing(source):
         raise OSError("not there")
 
-    monkeypatch.setattr(graders, "_within_reach", lambda source: True)
+    monkeypatch.setattr(graders, "within_reach", lambda source: True)
     monkeypatch.setattr(graders, "released_similarity", missing)
     find_grader.cache_clear()
     task, q = load("simpleqa", write(tmp_path / "s.jsonl", [SIMPLE])), one("simpleqa", "Mo Bix")
@@ -330,7 +338,7 @@ def test_special_tokens_are_no_part_of_an_answer(own):
     q = one("letters", "A", choices=tuple("wxyz"))
     grades = own["letters"].grade([" A<|im_end|>", "A<end_of_turn>", "<|im_end|>"], [q] * 3)
     assert grades.outcome == ("right", "right", "format_none")
-    assert own["facts"].outcome("<|im_end|>", one("facts", "Paris")) == "format_none"
+    assert outcomes(own["facts"], ["<|im_end|>"], one("facts", "Paris")) == ["format_none"]
 
 
 # --- splits --------------------------------------------------------------------------------------------------------
@@ -388,7 +396,7 @@ def test_no_question_is_in_two_splits(counts):
     for seed in range(20):
         splits = split(task, seed)
         assert all({q.id for q in a}.isdisjoint(q.id for q in b) for a, b in pairs(splits))
-        assert splits.repeats == 0
+        assert {q.prompt for q in splits.test}.isdisjoint(q.prompt for q in splits.selection + splits.validation)
         seen.add(tuple(q.id for q in splits.selection))
     assert len(seen) == 20 and split(task, 3) == split(task, 3)
 
@@ -412,13 +420,6 @@ def test_facts_and_letters_put_a_country_in_the_same_split(own):
         facts, letters = (split(own[name], seed, selection=10**6, validation=10**6) for name in ("facts", "letters"))
         for part in ("selection", "validation", "test"):
             assert {q.group for q in getattr(facts, part)} == {q.group for q in getattr(letters, part)}
-
-
-def test_repeats_counts_prompts_that_are_in_two_splits():
-    twice = tuple(Question("t", str(n), "g", f"prompt {n % 50}", "A") for n in range(100))
-    splits = split(Task("t", "letter", 1, False, {"all": twice}))
-    known = {q.prompt for q in (*splits.selection, *splits.validation)}
-    assert splits.repeats == len([q for q in splits.test if q.prompt in known]) > 0
 
 
 # --- own tasks -----------------------------------------------------------------------------------------------------
@@ -450,7 +451,7 @@ def test_facts_are_facts(own):
     asked = {q.prompt: q for q in own["facts"].parts["all"]}
     wrong = [*list(known.values())[1:], "Nairobi"]
     for (prompt, right), other in zip(known.items(), wrong):
-        assert own["facts"].correct(right, asked[prompt]) and not own["facts"].correct(other, asked[prompt]), prompt
+        assert own["facts"].grade([right, other], [asked[prompt]] * 2).correct.tolist() == [True, False], prompt
 
 
 def test_the_right_answer_is_right_and_the_question_alone_is_not(own):
@@ -500,7 +501,7 @@ def test_letter_tokens_of_the_embedded_model():
     from transformers import AutoTokenizer
 
     from steerkit.models.fetch import embedded
-    from steerkit.models.lab import preset
+    from steerkit.models.load import preset
 
     tokenizer = AutoTokenizer.from_pretrained(embedded(preset("smollm2-135m").package))
     assert [tokenizer.decode([i]) for i in letter_tokens(tokenizer)] == [" A", " B", " C", " D"]
@@ -630,7 +631,7 @@ def test_errors_say_what_to_do(own, tmp_path):
         load("mmmu")
     with pytest.raises(FileNotFoundError, match="check the path"):
         load("mmlu", tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match=r"row 1: expected a row of mmlu, got columns .*KeyError: 'answer'"):
+    with pytest.raises(ValueError, match=r"row 1: expected a row of mmlu, got columns \['text'\] \(KeyError: 'answer'\)"):
         load("mmlu", write(tmp_path / "a.jsonl", [MMLU, {"text": "x"}]))
     with pytest.raises(ValueError, match=r"row 0.*#### <number>"):
         load("gsm8k", write(tmp_path / "g.jsonl", [GSM | {"answer": "many"}]))
@@ -651,7 +652,7 @@ def test_errors_say_what_to_do(own, tmp_path):
         split(counted("t", {"test": 5}))
     q = own["facts"].parts["all"][0]
     with pytest.raises(ValueError, match="rule: expected one of"):
-        own["facts"].correct("x", q, rule="strict")
+        own["facts"].grade(["x"], [q], rule="strict")
     with pytest.raises(ValueError, match="put a lone text in a list"):
         own["facts"].grade("x", [q])
     with pytest.raises(ValueError, match="auto, released or offline"):
@@ -664,11 +665,12 @@ def test_errors_say_what_to_do(own, tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"harmful": HARMFUL}, "a list under harmless"),
-        ({"harmful": HARMFUL, "harmless": []}, "a list under harmless"),
-        ({"harmful": [{"text": "x"}], "harmless": HARMLESS}, "harmful 0: expected the keys text and category"),
+        ({"harmful": HARMFUL}, "missing key harmless; known keys: harmful, harmless"),
+        ({"harmful": HARMFUL, "harmless": []}, "harmless: expected at least 1 entries, got 0"),
+        ({"harmful": [{"text": "x"}], "harmless": HARMLESS}, r"harmful\.0: missing key category; known keys: text, category"),
+        ({"harmful": HARMFUL, "harmless": [{"text": " ", "kind": "plain"}]}, r"harmless\.0\.text: expected text, got ' '"),
         ({"harmful": HARMFUL, "harmless": [{"text": HARMFUL[0]["text"].upper(), "kind": "plain"}]}, "remove the copy"),
-        (["x"], "a list under harmful"),
+        (["x"], "expected a mapping"),
     ],
 )
 def test_malformed_requests(content, said, tmp_path):
@@ -676,5 +678,5 @@ def test_malformed_requests(content, said, tmp_path):
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=said):
         load("refusal", path)
-    with pytest.raises(FileNotFoundError, match="lists harmful and harmless"):
+    with pytest.raises(FileNotFoundError, match="with the keys harmful, harmless"):
         load("refusal", tmp_path / "no.yaml")

@@ -16,6 +16,7 @@ from PIL import Image
 from steerkit.book import report
 from steerkit.book.cards import compare, verdict
 from steerkit.book.report import METHOD_COLOURS, METHOD_MARKERS, Book, results_table
+from steerkit.files import write_atomic
 from steerkit.stats import Interval
 
 
@@ -175,6 +176,32 @@ def test_card_in_words_needs_a_verdict(book):
     with pytest.raises(ValueError, match="same keys"):
         book.card("x", paper={"a": 1.0}, ours={"b": 1.0})
     assert book.card("steering is sharp", paper="yes", ours="no", verdict="differs", why="small model").verdict == "differs"
+
+
+# ---------------------------------------------------------------------------------------------------- full runs
+def test_a_full_run_is_shown_where_one_is_shipped_for_the_preset(tmp_path, capsys):
+    live, shipped = pd.DataFrame({"x": [1, 2]}), pd.DataFrame({"x": range(1234)})
+    for folder in ("01_x", "02_y"):
+        write_atomic(tmp_path / f"results/tiny/{folder}/scores.csv", shipped.to_csv(index=False))
+    places = {"out_dir": tmp_path / "runs", "figures_dir": tmp_path / "figures", "results": tmp_path / "results"}
+    book = Book("01_x", **places, preset="tiny")
+    pd.testing.assert_frame_equal(book.full("scores.csv", live), shipped)
+    assert book.full("02_y/scores.csv", live, read=lambda path: path.read_text().split()) == ["x", *map(str, range(1234))]
+    assert book.full("other.csv", live) is live and book.full("other.csv") is None
+    assert Book("01_x", **places, preset="large").full("scores.csv", live) is live
+    assert Book("01_x", **places | {"results": ""}, preset="tiny").full("scores.csv", live) is live
+    stands_in = "no full run is shipped for these settings: this run stands in, 2 rows."
+    assert capsys.readouterr().out.splitlines() == [
+        "scores.csv: the shipped full run, 1,234 rows.",
+        "02_y/scores.csv: the shipped full run, 1,235 rows.",
+        f"other.csv: {stands_in}",
+        "other.csv: no full run is shipped for these settings.",
+        *[f"scores.csv: {stands_in}"] * 2,
+    ]
+
+
+def test_a_book_that_knows_no_preset_finds_no_full_run(book):
+    assert book.full("layer_13.csv.gz", {}) == {}
 
 
 # ------------------------------------------------------------------------------------------------ numbers, the end

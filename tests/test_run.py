@@ -16,6 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from steerkit.book import run
 from steerkit.book.cells import Cells
+from steerkit.book.closure import closure
 from steerkit.files import check_writable, write_atomic
 from steerkit.progress import about
 
@@ -370,30 +371,111 @@ def test_the_time_left_follows_the_pace(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------- the graph
+def stale(root, paths, change):
+    """Return the notebooks whose key is another one while files under `root` that match are changed."""
+    keys = lambda: {name: j.key for name, j in run.jobs("laptop", root=root).items()}  # noqa: E731
+    run.provenance.digest_files.cache_clear()
+    before, old = keys(), {path: path.read_text() for path in root.glob(paths)}
+    assert old, paths
+    for path, text in old.items():
+        path.write_text(change(text))
+    run.provenance.digest_files.cache_clear()
+    now = keys()
+    for path, text in old.items():
+        path.write_text(text)
+    run.provenance.digest_files.cache_clear()
+    return {name for name in now if now[name] != before[name]}
+
+
 def test_the_key_follows_content_not_times(project):
     root = project({"01_a": notebook("01_a", "1"), "02_b": notebook("02_b", "1", needs=["01_a"])}, smoke={"01_a": {"layer": 3}})
-    before = {name: j.key for name, j in run.jobs("laptop", root=root).items()}
-
-    def changed(path, text):
-        old = (root / path).read_text()
-        (root / path).write_text(text(old))
-        run.provenance.digest_files.cache_clear()
-        now = {name for name, j in run.jobs("laptop", root=root).items() if j.key != before[name]}
-        (root / path).write_text(old)
-        run.provenance.digest_files.cache_clear()
-        return now
-
+    before = job(root).key
     os.utime(root / "notebooks/01_a.ipynb")
-    assert changed("data/a.txt", lambda s: s) == set()
-    assert changed("notebooks/01_a.ipynb", lambda s: s.replace("# 01_a", "# title")) == {"01_a", "02_b"}
-    assert changed("notebooks/02_b.ipynb", lambda s: s.replace("# 02_b", "# title")) == {"02_b"}
-    assert changed("notebooks/scales/laptop.yaml", lambda s: s.replace("02_b: null", "02_b: {layer: 4}")) == {"02_b"}
-    for path in ("steerkit/stats.py", "data/a.txt", "requirements.lock"):
-        assert changed(path, lambda s: s + "\n# more") == {"01_a", "02_b"}
+    assert stale(root, "data/a.txt", lambda s: s) == set()
+    assert stale(root, "notebooks/01_a.ipynb", lambda s: s.replace("# 01_a", "# title")) == {"01_a", "02_b"}
+    assert stale(root, "notebooks/02_b.ipynb", lambda s: s.replace("# 02_b", "# title")) == {"02_b"}
+    assert stale(root, "notebooks/scales/laptop.yaml", lambda s: s.replace("02_b: null", "02_b: {layer: 4}")) == {"02_b"}
+    for path in ("data/a.txt", "requirements.lock"):
+        assert stale(root, path, lambda s: s + "\n# more") == {"01_a", "02_b"}
+    assert stale(root, "steerkit/stats.py", lambda s: s + "\nMORE = 1") == set(), "these notebooks import nothing"
     (root / "data" / "unused.txt").write_text("x")  # the notebooks say that they use data/a.txt
-    assert changed("data/a.txt", lambda s: s) == set()
-    assert job(root, scale="smoke").key != before["01_a"]
+    assert job(root).key == before != job(root, scale="smoke").key
     assert job(root, scale="smoke").given["figures_dir"] == "runs/smoke/figures"
+
+
+def reworded(text):
+    """Change words alone: the first docstring, and a comment."""
+    return text.replace('"""', '"""Other words. ', 1) + "\n# more"
+
+
+def test_a_notebook_runs_again_where_code_that_it_can_run_changed(project):
+    """Imports are followed through modules, into functions, through the packages above and the names that those find late."""
+    mixed = "%matplotlib inline\nif layer:\n    !ls\nfrom steerkit.book import report"
+    front = "import steerkit as sk\nsk.caa, sk.sae_ts.approximator.aim"
+    bodies = {"01_chain": "from steerkit.one import f", "02_front": front, "03_magic": mixed, "04_odd": "files = !ls\nimport numpy"}
+    root = project({name: notebook(name, body) for name, body in bodies.items()})
+    (root / "steerkit/deep").mkdir()
+    sources = {
+        "one": "from steerkit import two\n",
+        "two": "class A:\n    def f(self):\n        from steerkit.deep.three import x\n        return x\n",
+        "deep/__init__": '"""Empty."""\n',
+        "deep/three": "from .four import x\n",
+        "deep/four": 'from steerkit import files\n\n\ndef x():\n    """Do nothing."""\n    files.resolve("x")  # a comment\n',
+    }
+    for name, text in sources.items():
+        (root / f"steerkit/{name}.py").write_text(text)
+    code = lambda text: text + "\nMORE = 1\n"  # noqa: E731
+    assert stale(root, "steerkit/**/*.py", reworded) == set()
+    assert stale(root, "steerkit/book/cards.py", reworded) == set()
+    for path in ("one", "two", "deep/__init__", "deep/three", "deep/four"):
+        assert stale(root, f"steerkit/{path}.py", code) == {"01_chain", "04_odd"}, path
+    for path in ("vectors", "methods/sae_ts/approximator", "methods/__init__"):
+        assert stale(root, f"steerkit/{path}.py", code) == {"02_front", "04_odd"}, path
+    assert stale(root, "steerkit/book/cards.py", code) == {"03_magic", "04_odd"}
+    assert stale(root, "steerkit/book/run.py", code) == {"04_odd"}, "what runs notebooks is no part of them"
+    assert stale(root, "steerkit/files.py", code) == set(bodies)
+    assert stale(root, "steerkit/deep/four.py", lambda s: s.replace("None", "1").replace('"x"', '"y"')) == {"01_chain", "04_odd"}
+    assert stale(root, "steerkit/deep/four.py", lambda s: s + "def (") == {"01_chain", "04_odd"}, "a module that is no Python yet"
+    write_atomic(root / "runs/laptop/01_chain/status.json", json.dumps({"parts": job(root, "01_chain").parts}))
+    (root / "steerkit/two.py").write_text(code(sources["two"]))
+    assert job(root, "01_chain").state == "the modules it imports changed"
+
+
+EVERYTHING = "steerkit.book.run"  # in no closure but that of a cell that cannot be understood
+
+
+@pytest.mark.parametrize(
+    "cell, there, not_there",
+    [
+        ("import steerkit.methods.fgaa", "steerkit.methods", EVERYTHING),
+        ("from steerkit import caa", "steerkit.vectors", "steerkit.scores.bcs"),
+        ("import steerkit\nsteerkit.stats.bootstrap", "steerkit.stats", "steerkit.vectors"),
+        ("import steerkit as sk\n[getattr(sk, name) for name in ('caa', 'stats')]", "steerkit.methods.corrsteer.lora", EVERYTHING),
+        ("import steerkit as sk\nts = sk.sae_ts\nts.approximator", "steerkit.methods.sae_ts.approximator", "steerkit.methods.corrsteer"),
+        ("import steerkit as sk\nsk.sae_ts.approximator.aim", "steerkit.methods.sae_ts.approximator", "steerkit.methods.sae_ts.effects"),
+        ("from steerkit import *", "steerkit.scores.axbench", EVERYTHING),
+        ("import importlib\nimportlib.import_module('steerkit.stats')", "steerkit.stats", "steerkit.vectors"),
+        ("%%time\nfrom steerkit import stats", "steerkit.stats", "steerkit.vectors"),
+        ("from recipes import own_text", "recipes", EVERYTHING),
+        ("!python -m steerkit.models.fetch", EVERYTHING, "numpy"),
+        ("!ls\nx = (1 +", EVERYTHING, "numpy"),
+        ("import numpy\ntext = 'steerkit.stats is a module'", None, "steerkit.stats"),
+    ],
+)
+def test_what_a_cell_can_run(cell, there, not_there):
+    found = closure(PROJECT, notebook("01_a", cell.replace("{", "{{").replace("}", "}}")))
+    assert (there in found if there else not found) and not_there not in found
+
+
+@pytest.mark.parametrize("name", ["05_fgaa", "07_corrsteer"])
+def test_what_a_notebook_loads_lies_within_what_it_can_run(name):
+    nb = nbformat.read(PROJECT / f"notebooks/{name}.ipynb", 4)
+    lines = [line for c in nb.cells if c.cell_type == "code" for line in c.source.splitlines() if line.startswith(("import ", "from "))]
+    code = "\n".join([*lines, "import sys", "print(*(m for m in sys.modules if m.split('.')[0] in ('steerkit', 'recipes')))"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    loaded, can = set(done.stdout.split()), set(closure(PROJECT, nb))
+    assert len(loaded) > 20 and loaded <= can, (loaded - can, done.stderr)
+    assert "steerkit.models.fetch" in can and EVERYTHING not in can
 
 
 @pytest.mark.parametrize(

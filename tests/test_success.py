@@ -1,6 +1,6 @@
 """Generation success, best factors, filters, co-occurrence, and the AxBench-style score, on cases whose answer is known."""
 
-import types
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,11 @@ import torch
 
 from steerkit.engine.generate import Arm
 from steerkit.engine.steer import Add
+from steerkit.judges import Panel
 from steerkit.judges.related import related_judge
 from steerkit.methods.output_scores import success as S
 from steerkit.scores import axbench as X
+from steerkit.store import Work
 
 
 def test_hits_count_occurrences():
@@ -30,35 +32,36 @@ def test_the_best_factor_of_the_toy_table():
     assert scaled == [(0.8, False)] * 2  # dividing by a maximum, as the paper does, changes nothing
 
 
-def planted_loaded():
+@pytest.fixture
+def planted():
     """After the last block a feature's push writes the letter whose unembedding is its decoder row."""
-    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
-    head = model.get_output_embeddings().weight.detach()
-    letters = [tok(c, add_special_tokens=False)["input_ids"][0] for c in "ab."]
+    lab = tiny.lab(saes={2: tiny.planted_sae()})
+    head = lab.hf.get_output_embeddings().weight.detach()
+    letters = [lab.tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in "ab."]
     with torch.no_grad():
         for i, letter in enumerate(letters):
-            sae.W_dec[i] = head[letter] / head[letter].norm()
-    return types.SimpleNamespace(hf=model, tokenizer=tok, sae=lambda layer: sae), letters
+            lab.sae(2).W_dec[i] = head[letter] / head[letter].norm()
+    return lab, letters
 
 
-def test_sweep_counts_the_planted_letter_and_stops_after_a_full_stop(tmp_path):
-    loaded, letters = planted_loaded()
+def test_sweep_counts_the_planted_letter_and_stops_after_a_full_stop(planted, tmp_path):
+    lab, letters = planted
     lens = {2: torch.tensor([[t, 3] for t in letters])}
-    call = {"prompts": ["So", "Well"], "factors": [0.0, 200.0], "max_new_tokens": 6, "batch_size": 5, "progress": False}
-    texts = S.sweep(loaded, {2: [0, 1, 2]}, lens, out=tmp_path, **call)
+    call = {"prompts": ["So", "Well"], "factors": [0.0, 200.0], "sampling": replace(S.SAMPLING, max_new_tokens=6)}
+    call["work"] = Work(5, tmp_path, progress=False)
+    texts = S.sweep(lab, {2: [0, 1, 2]}, lens, **call)
     assert len(texts) == 3 * 2 * 2 and set(texts.columns) >= {"at1", "at5", "at20", "loss", "tokens"}
     pushed = texts[texts.factor == 200].groupby("feature").at20.mean()
     assert pushed[0] == pushed[1] == 6.0  # every token is the letter
     assert pushed[2] == 1.0  # the full stop ends the text and counts once
     for row in texts[texts.factor == 200].to_dict("records"):  # letters: text and tokens are one to one
-        ids = loaded.tokenizer(row["prompt"] + row["text"], add_special_tokens=False)["input_ids"]
+        ids = lab.tokenizer(row["prompt"] + row["text"], add_special_tokens=False)["input_ids"]
         assert row["tokens"] == len(ids)
         with torch.inference_mode():
-            logits = loaded.hf(input_ids=torch.tensor([[loaded.tokenizer.bos_token_id, *ids]])).logits[0].double().log_softmax(-1)
+            logits = lab.hf(input_ids=torch.tensor([[lab.tokenizer.bos_token_id, *ids]])).logits[0].double().log_softmax(-1)
         assert row["loss"] == pytest.approx(-sum(float(logits[i, t]) for i, t in enumerate(ids)), rel=1e-4)
     files = {p: p.read_bytes() for p in tmp_path.iterdir()}
-    again = S.sweep(loaded, {2: [0, 1, 2]}, lens, out=tmp_path, **call)
-    pd.testing.assert_frame_equal(texts, again)
+    pd.testing.assert_frame_equal(texts, S.sweep(lab, {2: [0, 1, 2]}, lens, **call))
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == files  # nothing ran twice
 
 
@@ -67,12 +70,12 @@ def test_period_tokens_are_those_that_show_one():
     assert [tok.decode([i]) for i in S.period_tokens(tok)] == ["."]
 
 
-def test_a_sweep_finds_its_rows_again_whatever_order_the_vocabulary_is_listed_in(tmp_path, monkeypatch):
-    loaded, letters = planted_loaded()
-    call = {"prompts": ["So"], "factors": [200.0], "max_new_tokens": 3, "out": tmp_path, "progress": False}
+def test_a_sweep_finds_its_rows_again_whatever_order_the_vocabulary_is_listed_in(planted, tmp_path, monkeypatch):
+    lab, letters = planted
+    call = {"prompts": ["So"], "factors": [200.0], "sampling": replace(S.SAMPLING, max_new_tokens=3)}
     for stop in ([letters[2], letters[0]], [letters[0], letters[2]]):
         monkeypatch.setattr(S, "period_tokens", lambda tok, stop=stop: stop)
-        S.sweep(loaded, {2: [1]}, {2: torch.tensor([[letters[1], 3]])}, **call)
+        S.sweep(lab, {2: [1]}, {2: torch.tensor([[letters[1], 3]])}, work=Work(out=tmp_path, progress=False), **call)
     assert len(list(tmp_path.iterdir())) == 2  # texts and their losses, once
 
 
@@ -138,21 +141,49 @@ def test_related_knows_the_instruction_that_a_text_answers():
         related_judge(asked[:1] * 2)
 
 
-def test_the_factor_is_chosen_on_other_instructions_than_it_is_reported_on(monkeypatch, tmp_path):
+def share(topic):
+    return lambda texts, prompts=None: np.array([t.count(topic) / max(len(t), 1) for t in texts])
+
+
+def fine(texts, prompts=None):
+    return np.ones(len(texts))
+
+
+PLANTED = Panel("planted", share, fine, fine)
+
+
+def test_the_factor_is_chosen_on_other_instructions_than_it_is_reported_on():
     """Planted: a push writes the topic's letter; only the large factor does so on both halves."""
-    model, tok = tiny.model("llama"), tiny.tokenizer()
-    monkeypatch.setattr("steerkit.judges.coherence.embedded_judge", lambda: lambda texts, prompts: np.ones(len(texts)))
-    monkeypatch.setattr(X, "related_judge", lambda asked: lambda texts, prompts: np.ones(len(texts)))
-    monkeypatch.setattr(X, "concept_judge", lambda topic: lambda texts: np.array([t.count(topic) / max(len(t), 1) for t in texts]))
-    row = model.get_output_embeddings().weight.detach()[tok("a", add_special_tokens=False)["input_ids"][0]]
-    arms = {("a", "row"): [Arm("x", (Add(2, row, s),), s) for s in (0.0, 900.0)], ("a", "prompting"): [Arm("y")]}
-    loaded = types.SimpleNamespace(hf=model, tokenizer=tok)
-    call = {"instructions": ["One?", "Two?", "Three?", "Four?"], "max_new_tokens": 4, "progress": False}
-    texts = X.steer(loaded, arms, prefix={("a", "prompting"): "Say a. "}, **call)
-    assert len(texts) == 4 * 3 and set(texts.instruction) == {"One?", "Two?", "Three?", "Four?"}  # judged on the plain instruction
-    found = X.held_out(texts).set_index("key")
-    assert found.factor["a", "row"] == 900.0 and found.score["a", "row"] == pytest.approx(2.0) and found.n["a", "row"] == 2
+    lab = tiny.lab()
+    row = lab.hf.get_output_embeddings().weight.detach()[lab.tokenizer("a", add_special_tokens=False)["input_ids"][0]]
+    pushes = [Arm("x", Add(2, row, s), s, {"topic": "a", "method": "row", "layer": 2}) for s in (0.0, 900.0)]
+    asked, call = ["One?", "Two?", "Three?", "Four?"], {"sampling": replace(X.SAMPLING, max_new_tokens=4), "work": Work(progress=False)}
+    call["judges"] = PLANTED
+    pushed = X.steer(lab, pushes, asked, **call)
+    plain = X.steer(lab, [Arm("y", labels={"topic": "a", "method": "prompting", "layer": -1})], asked, prefix={"a": "Say a. "}, **call)
+    texts = pd.concat([pushed, plain], ignore_index=True)
+    assert list(texts) == ["factor", "instruction", "text", "concept", "instruct", "fluency", "topic", "method", "layer"]
+    assert len(texts) == 4 * 3 and set(texts.instruction) == set(asked)  # judged on the plain instruction
+    found = X.held_out(texts).set_index(["topic", "method", "layer"])
+    assert found.factor["a", "row", 2] == 900.0 and found.score["a", "row", 2] == pytest.approx(2.0) and found.n["a", "row", 2] == 2
     spoiled = texts.copy()  # what happens on the reported half cannot change the choice
     spoiled.loc[spoiled.instruction.isin(["Two?", "Four?"]) & (spoiled.factor == 900.0), "concept"] = 0.0
-    again = X.held_out(spoiled).set_index("key")
-    assert again.factor["a", "row"] == 900.0 and again.score["a", "row"] == 0.0
+    again = X.held_out(spoiled).set_index("method")
+    assert again.factor["row"] == 900.0 and again.score["row"] == 0.0
+
+
+def test_what_is_put_before_the_instruction_is_read_by_the_model_alone():
+    lab, read = tiny.lab(), []
+    lab.hf.base_model.register_forward_pre_hook(lambda _m, _a, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    arms = [Arm("ask", labels={"topic": topic}) for topic in ("love", "anger")]
+    call = {"sampling": replace(X.SAMPLING, max_new_tokens=1), "work": Work(progress=False), "judges": PLANTED}
+    found = X.steer(lab, arms, ["Why?", "Who?"], prefix={"love": "Say love. "}, **call)
+    asked = {lab.tokenizer.decode(row[row != 0]) for ids in read if ids.shape[1] > 1 for row in ids}
+    assert sum("Say love. Wh" in text for text in asked) == sum("Say" not in text for text in asked) == 2
+    assert found.topic.tolist() == ["anger"] * 2 + ["love"] * 2 and set(found.instruction) == {"Why?", "Who?"}
+
+
+def test_an_arm_without_a_topic_is_refused():
+    for arms in ([], [Arm("x", labels={"method": "m"})]):
+        with pytest.raises(ValueError, match="each with a label `topic`"):
+            X.steer(tiny.lab(), arms, ["Why?", "Who?"])

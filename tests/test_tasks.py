@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from steerkit.concepts import Concept, concepts, load_concept
+from steerkit.concept import Concept, concepts, load_concept
 
 NINE = "anger christian_evangelist conspiracy french london love praise want_to_die wedding".split()
 
@@ -91,14 +91,15 @@ def test_a_sound_file_loads(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("criterion"), "exactly the keys"),
-        (lambda c: c.update(colour="red"), "exactly the keys"),
-        (lambda c: c.update(title=3), "sentence under title"),
-        (lambda c: c.update(lexicon=[]), "at least 1 entries under lexicon"),
-        (lambda c: c["positive_prompts"].pop(), "at least 12 entries under positive_prompts"),
-        (lambda c: c["heldout_negative"].pop(), "at least 20 entries under heldout_negative"),
-        (lambda c: c["lexicon"].append(True), "non-empty strings under lexicon"),
-        (lambda c: c["lexicon"].append(" "), "non-empty strings under lexicon"),
+        (lambda c: c.pop("criterion"), "missing key criterion; known keys: name, title"),
+        (lambda c: c.update(colour="red"), "unknown key colour; known keys: name, title"),
+        (lambda c: c.update(title=3), "title: expected text in quotes, got 3"),
+        (lambda c: c.update(lexicon=[]), "lexicon: expected at least 1 entries, got 0; add more"),
+        (lambda c: c.update(lexicon="cow"), "lexicon: expected a list, got 'cow'"),
+        (lambda c: c["positive_prompts"].pop(), "positive_prompts: expected at least 12 entries, got 11"),
+        (lambda c: c["heldout_negative"].pop(), "heldout_negative: expected at least 20 entries, got 19"),
+        (lambda c: c["lexicon"].append(True), "lexicon.2: expected text in quotes, got True"),
+        (lambda c: c["lexicon"].append(" "), "lexicon.2: expected text, got ' '"),
         (lambda c: c["heldout_positive"].append("HELD positive red fox "), "more than once"),
         (lambda c: c["heldout_positive"].append(c["positive_prompts"][0]), "more than once"),
     ],
@@ -116,6 +117,11 @@ def test_a_malformed_file_is_a_clear_error(tmp_path, change, message):
 def test_not_a_concept_at_all(tmp_path, text):
     with pytest.raises(ValueError, match=r"farm\.yaml"):
         load_concept(write(tmp_path, text))
+
+
+def test_a_missing_file_is_an_error_that_says_what_it_should_hold(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a YAML file with the keys title, criterion, positive_prompts"):
+        load_concept(tmp_path / "none.yaml")
 
 
 def test_an_empty_folder_is_an_error(tmp_path):

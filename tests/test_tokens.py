@@ -1,12 +1,10 @@
 """The two ends of a text: one token to begin with, and the tokens that end it, the same wherever text is read or written."""
 
-import types
-
 import pytest
 import tiny
 import torch
 
-from steerkit.engine.generate import generate
+from steerkit.engine.generate import Arm, Sampling, Work, generate
 from steerkit.engine.tokens import bare_ids, closing_tokens, prompt_ids, stop_tokens, text_ids
 from steerkit.features import token_batches
 from steerkit.judges.coherence import split
@@ -15,8 +13,6 @@ from steerkit.methods.corrsteer.lora import lora
 from steerkit.methods.corrsteer.pooling import pool_generations
 from steerkit.methods.output_scores import success
 from steerkit.methods.sae_ts.calibrate import calibration_rows
-from steerkit.models.lab import Loaded
-from steerkit.models.presets import preset
 from steerkit.questions import Question, Task
 from steerkit.scores import axbench
 from steerkit.scores import bcs as evaluate
@@ -37,9 +33,9 @@ def test_a_pasted_chat_template_begins_once():
     text = pasted(tok)
     ids = tok(text, add_special_tokens=False)["input_ids"]
     assert text.startswith("<bos>") and ids[:1] == [tok.bos_token_id] and ids.count(tok.bos_token_id) == 1
-    opened = Loaded(preset("smollm2-135m"), None, tiny.model("llama"), tok, {}, [])
+    lab = tiny.lab(tok=tok)
     assert prompt_ids(tok, text) == text_ids(tok, text) == prompt_ids(tok, "Hi", chat=True) == ids
-    assert opened.tokens([text])[0].tolist() == opened.tokens([text], bos=False)[0].tolist() == [ids]
+    assert lab.tokens([text])[0].tolist() == lab.tokens([text], bos=False)[0].tolist() == [ids]
     assert next(token_batches(tok, [text]))[0].tolist() == [ids]
     assert bare_ids(tok, text) == ids[1:] == split(tok, "so", text)[0][: len(ids) - 1]
     assert calibration_rows(tok, text, rows=1, length=9).tolist() == [ids[:9]]
@@ -62,10 +58,11 @@ def test_ends_are_the_tokenizers_and_the_generation_configs(named, expected):
 
 
 def endless():
-    """A model and a tokenizer that name no end of a text."""
-    model, tok = tiny.model("llama"), tiny.tokenizer()
+    """A lab whose model and tokenizer name no end of a text."""
+    lab = tiny.lab()
+    model, tok = lab.hf, lab.tokenizer
     tok.eos_token = tok.pad_token = model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-    return model, tok
+    return lab
 
 
 def question(prompt: str) -> Question:
@@ -80,25 +77,23 @@ def test_every_part_stops_at_the_models_own_end_token(monkeypatch, ends):
     class Enough(Exception):
         pass
 
-    def watch(*args, **settings):
-        seen.append(set(settings["stop"]) if "stop" in settings else set(settings["sampling"].stop))
+    def watch(*args, sampling, **settings):
+        seen.append(set(sampling.stop))
         raise Enough
 
     for module in (axbench, evaluate, success, trial):
         monkeypatch.setattr(module, "generate", watch)
     monkeypatch.setattr("steerkit.methods.corrsteer.pooling.decode", watch)
     monkeypatch.setattr(success, "period_tokens", lambda tok: [])
-    model, tok = (tiny.model("llama"), tiny.tokenizer()) if ends else endless()
+    lab, task = tiny.lab() if ends else endless(), Task("toy", "contains", 3, False, {})
     if ends:
-        model.generation_config.eos_token_id = [2, 107]
-    sae, task = tiny.planted_sae(), Task("toy", "contains", 3, False, {})
-    loaded = types.SimpleNamespace(hf=model, tokenizer=tok, sae=lambda layer: sae)
+        lab.hf.generation_config.eos_token_id = [2, 107]
     for call in (
-        lambda: axbench.steer(loaded, {("t", "m"): []}, instructions=["a"]),
-        lambda: evaluate.sweep(loaded, {}),
-        lambda: success.sweep(loaded, {1: [0]}, {1: torch.tensor([[1]])}, prompts=["a"]),
-        lambda: trial.ask(loaded, task, [question("So")]),
-        lambda: pool_generations(model, tok, ["a"], {1: sae}, progress=False),
+        lambda: axbench.steer(lab, [Arm("a", labels={"topic": "love"})], ["a"]),
+        lambda: evaluate.sweep(lab, {}),
+        lambda: success.sweep(lab, {1: [0]}, {1: torch.tensor([[1]])}, prompts=["a"]),
+        lambda: trial.ask(lab, task, [question("So")]),
+        lambda: pool_generations(lab, ["a"]),
     ):
         with pytest.raises(Enough):
             call()
@@ -106,8 +101,9 @@ def test_every_part_stops_at_the_models_own_end_token(monkeypatch, ends):
 
 
 def test_without_any_end_token_a_text_runs_to_its_length():
-    model, tok = endless()
-    frame = generate(model, tok, ["So", "Well then"], stop=stop_tokens(tok, model), max_new_tokens=5, progress=False)
+    lab = endless()
+    five = Sampling(max_new_tokens=5, stop=stop_tokens(lab.tokenizer, lab.hf))
+    frame = generate(lab, ["So", "Well then"], sampling=five, work=Work(progress=False))
     assert [len(t) for t in frame.tokens] == [5, 5]
 
 
@@ -118,21 +114,21 @@ def test_an_answer_is_learned_with_the_end_that_the_chat_template_puts_behind_it
     assert closing_tokens(tok, model, chat=True) == closing_tokens(tok, model) == [tok.eos_token_id]
     model.generation_config.eos_token_id = [tok.eos_token_id, turn]
     assert closing_tokens(tok, model, chat=True) == [turn] and closing_tokens(tok, model) == [tok.eos_token_id]
-    model, tok = endless()
+    model, tok = (lab := endless()).hf, lab.tokenizer
     assert closing_tokens(tok, model) == closing_tokens(tok, model, chat=True) == []
     model.generation_config.eos_token_id = 9
     assert closing_tokens(tok, model) == [9]
 
 
 def test_fine_tuning_teaches_a_model_to_end_its_turn():
-    model, tok = tiny.model("llama"), tiny.tokenizer()
+    lab = tiny.lab()
+    model, tok = lab.hf, lab.tokenizer
     tok.chat_template, turn = TEMPLATE, tok("~", add_special_tokens=False)["input_ids"][0]
     model.generation_config.eos_token_id = [tok.eos_token_id, turn]
     asked = [question(p) for p in ("Which?", "Who?", "When?", "Where?")]
-    settings = {"chat": True, "temperature": 0.0, "max_new_tokens": 6, "progress": False}
-    with lora(model, tok, asked, chat=True, epochs=12, lr=3e-2, batch_size=4, rank=16, progress=False):
-        frame = generate(model, tok, [q.prompt for q in asked], stop=stop_tokens(tok, model), keep_stop=True, **settings)
+    greedy = Sampling(temperature=0.0, max_new_tokens=6, stop=stop_tokens(tok, model), keep_stop=True)
+    with lora(lab, asked, chat=True, epochs=12, lr=3e-2, batch_size=4, rank=16) as tuned:
+        frame = generate(tuned, [q.prompt for q in asked], sampling=greedy, chat=True, work=Work(progress=False))
     assert frame.text.tolist() == ["A~"] * 4
-    silent, tok = endless()
-    with lora(silent, tok, asked, epochs=1, progress=False):
+    with lora(endless(), asked, epochs=1):
         pass  # nothing to end with: the answer alone is learned

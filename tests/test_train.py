@@ -5,17 +5,22 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
 
+from recipes import saes as recipe_saes
+from steerkit.feature_cards import contexts, describe
 from steerkit.features import ordinary_positions, residuals
-from steerkit.training import harvest, train
+from steerkit.models.jumprelu import JumpReLU
+from steerkit.training import harvest, quality, train
 from steerkit.training.harvest import Block, Recipe, Sae, Stream
-from steerkit.training.quality import contexts, describe, fit, loss_recovered
+from steerkit.training.quality import fit, loss_recovered
 
 D = tiny.D_MODEL
 
@@ -232,22 +237,27 @@ def test_threshold_gives_the_wanted_l0():
 
 
 def test_fit_equals_a_float64_oracle_and_a_perfect_sae_loses_nothing():
-    model, tok, sae = tiny.model("llama"), tiny.tokenizer(), tiny.planted_sae()
+    perfect, noisy = tiny.lab(), tiny.lab()
     rows = torch.randint(5, 200, (6, 20), generator=torch.Generator().manual_seed(0))
-    rows[:, 0] = tok.bos_token_id
-    noisy = tiny.planted_sae()
-    noisy.W_dec.data += 0.05 * torch.randn(noisy.W_dec.shape, generator=torch.Generator().manual_seed(1))
-    table, density = fit(model, tok, {1: noisy}, rows)
-    resid = residuals(model, rows, layers=[1])
-    x = resid[1][ordinary_positions(rows, None, resid, special=tok.all_special_ids)].double()
+    rows[:, 0] = perfect.tokenizer.bos_token_id
+    W_dec = noisy.sae(1).W_dec.data
+    W_dec += 0.05 * torch.randn(W_dec.shape, generator=torch.Generator().manual_seed(1))
+    table, density = fit(noisy, rows)
+    resid = residuals(noisy.hf, rows, layers=[1])
+    x = resid[1][ordinary_positions(rows, None, resid, special=noisy.tokenizer.all_special_ids)].double()
     f = torch.relu(torch.cat([x, -x], 1))
-    error = (x - f @ noisy.W_dec.detach().double()).square().sum() / (x - x.mean(0)).square().sum()
+    error = (x - f @ W_dec.double()).square().sum() / (x - x.mean(0)).square().sum()
     assert table.fvu[0] == pytest.approx(float(error), rel=1e-4) and table.l0[0] == pytest.approx(float((f > 0).sum(1).double().mean()))
     torch.testing.assert_close(density[1].double(), (f > 0).double().mean(0), rtol=1e-5, atol=1e-6)
-    perfect = loss_recovered(model, tok, {1: sae}, rows)
-    assert perfect.recovered_zero[0] == pytest.approx(1.0, abs=1e-3) and perfect.loss_sae[0] == pytest.approx(
-        perfect.loss_clean[0], abs=1e-3
-    )
+    row = loss_recovered(perfect, rows).iloc[0]
+    assert row.recovered_zero == pytest.approx(1.0, abs=1e-3) and row.loss_sae == pytest.approx(row.loss_clean, abs=1e-3)
+
+
+def test_densities_are_counted_where_no_cards_are_shipped(text):
+    lab = tiny.lab(saes={0: tiny.planted_sae(), 1: tiny.planted_sae()})
+    rows = [row for _, row in zip(range(4), harvest.token_rows(text, lab.tokenizer))]
+    alone = tiny.lab(saes={1: tiny.planted_sae()})
+    assert torch.equal(quality.density(lab.at(1), text, rows=4), fit(alone, torch.stack(rows))[1][1])
 
 
 def test_feature_cards_name_the_planted_peaks(tmp_path):
@@ -265,3 +275,30 @@ def test_feature_cards_name_the_planted_peaks(tmp_path):
     assert stored["contexts"][7, 1].to(torch.int64).tolist() == ids[32:43].tolist()
     np.testing.assert_allclose(stored["density"][:D], (x > 0).float().mean(0))
     assert f"«{tok.decode([int(ids[150])])}»" in contexts(card, 7, tok)[0][0]
+
+
+def test_the_recipe_trains_describes_and_measures(text, tmp_path, monkeypatch):
+    """From the command line: SAEs that open, with cards that name their sources; a table of their features; the data card's."""
+    lab = tiny.lab()
+    spec = SimpleNamespace(**vars(lab.preset), layers=[1], sae_set=lambda: SimpleNamespace(folder=str(tmp_path / "shipped")))
+    monkeypatch.setattr(recipe_saes.models, "preset", lambda name: spec)
+    monkeypatch.setattr(recipe_saes.models, "load_model", lambda *_, **__: (lab.hf, lab.tokenizer))
+    monkeypatch.setattr(recipe_saes.models, "open", lambda *_, **__: lab)
+    monkeypatch.setattr(recipe_saes, "DATA", tmp_path)
+    call = ["--dataset", text, "--tokens", "900"]
+    small = ["--saes", "1:64", "1:96", "--k", "4", "--batch", "100", "--warm-up", "3", "--block-rows", "8"]
+    recipe_saes.main(["train", *call, *small, "--work", str(tmp_path), "--out", str(tmp_path / "saes")])
+    for name, d_sae in (("layer_1-d_sae64", 64), ("layer_1-d_sae96", 96)):
+        assert JumpReLU(tmp_path / "saes" / name).W_dec.shape == (d_sae, D)
+        about = json.loads((tmp_path / "saes" / name / "cfg.json").read_text())["metadata"]
+        assert set(about["sources"]) == {"", "a", "b"} and about["recipe"]["tokens"] == 900
+        assert load_file(tmp_path / "saes" / name / "features.safetensors")["sources"].max() < 3
+    recipe_saes.main(["features", str(tmp_path / "saes"), *call, "--out", str(tmp_path / "features.csv")])
+    found = pd.read_csv(tmp_path / "features.csv")
+    assert found.d_sae.tolist() == [64, 96] and found.auroc_best.between(0, 1).all() and found.fvu.between(0, 2).all()
+    (tmp_path / "README.md").write_text("Before\n<!-- quality -->\nold\n<!-- end of quality -->\nbehind\n")
+    recipe_saes.main(["quality", "--dataset", text, "--rows", "6", "--loss-rows", "4"])
+    table, page = pd.read_csv(tmp_path / "shipped" / "quality.csv"), (tmp_path / "README.md").read_text()
+    assert table.recovered_zero[0] == pytest.approx(1.0, abs=1e-3) and table.loss_rows[0] == 4
+    assert page.startswith("Before\n<!-- quality -->") and page.endswith("<!-- end of quality -->\nbehind\n") and "old" not in page
+    assert f"| 1 | {table.fvu[0]:.3f} [" in page

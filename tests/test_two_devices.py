@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from steerkit.engine.decode import _select
+from steerkit.engine.decode import select_rows
 from steerkit.engine.edits import on
 from steerkit.engine.receipt import Receipt, Tally
 from steerkit.engine.steer import Ablate, Add, Boost, Steering
@@ -125,7 +125,7 @@ def test_caches_and_positions_that_count_follow_their_layers():
         return held
 
     cache = types.SimpleNamespace(layers=[layer("meta:0"), layer("meta:1")])
-    _select(cache, torch.tensor([2, 0, 2]).to("meta:0"))
+    select_rows(cache, torch.tensor([2, 0, 2]).to("meta:0"))
     assert [held.keys.tolist() for held in cache.layers] == [keys[[2, 0, 2]].tolist()] * 2
     ids, resid = torch.tensor([[1, 5, 6, 7]]), torch.ones(1, 4, D)
     resid[0, 2] = 100.0

@@ -1,7 +1,9 @@
 """Small random models, a small offline tokenizer, and SAE files in every public format, in a local hub cache."""
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -9,6 +11,14 @@ from safetensors.torch import save_file
 
 D_MODEL = 64
 VOCAB = 260
+ARCHITECTURES = {  # preset -> (kind of tiny model, blocks so that the primary layer exists)
+    "gemma-2-2b": ("gemma2", 13),
+    "gemma-3-270m": ("gemma3", 10),
+    "llama-3.1-8b": ("llama", 16),
+    "qwen3-1.7b": ("qwen3", 14),
+    "gpt2-small": ("gpt2", 8),
+    "pythia-70m": ("gptneox", 5),
+}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -209,6 +219,31 @@ def shrink(monkeypatch, release: str, d_in: int = D_MODEL, d_sae: int = 2 * D_MO
     monkeypatch.setattr(entry, "config_overrides", (entry.config_overrides or {}) | sizes)
 
 
+def plant(monkeypatch, hub: Path, name: str, *, layers=None, weights=None, **cfg):
+    """Fill the cache for a preset with a tiny model and SAEs that rebuild anything; return the preset and the model."""
+    from steerkit.models.presets import preset
+
+    spec, (kind, depth) = preset(name), ARCHITECTURES[name]
+    chosen = spec.sae_set()
+    hf = put_model(hub, spec.hub, kind, n_layers=depth, bos=spec.bos == "own")
+    shrink(monkeypatch, chosen.release)
+    for layer in layers or [spec.primary_layer]:
+        put_sae(hub, chosen.release, chosen.sae_id(layer), weights or planted(), **cfg)
+    return spec, hf
+
+
+def local_preset(hub: Path, folder: Path, *, layers=(0, 1, 2), weights=None, metadata=None, **change):
+    """Return a preset over a tiny Llama with SAEs in sae_lens's disk format."""
+    from steerkit.models.presets import SaeSet, preset
+
+    put_model(hub, "tiny/llama", "llama", n_layers=3)
+    for layer in layers:
+        put_disk_sae(folder / "saes" / f"layer_{layer}", layer, weights or planted(), metadata=metadata)
+    chosen = SaeSet(id="layer_{layer}", layers=list(layers), folder=str(folder / "saes"))
+    change |= {"name": "tiny", "hub": "tiny/llama", "primary_layer": layers[0], "saes": {"own": chosen}}
+    return dataclasses.replace(preset("pythia-70m"), **change)
+
+
 def planted_sae(d_model: int = D_MODEL):
     """Return a sae_lens SAE with the planted weights."""
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
@@ -216,3 +251,11 @@ def planted_sae(d_model: int = D_MODEL):
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_model, d_sae=2 * d_model, dtype="float32", device="cpu"))
     sae.load_state_dict(planted(d_model))
     return sae.eval()
+
+
+def lab(kind: str = "llama", *, saes: dict | None = None, hf=None, tok=None, outlier: float = 10.0, **sizes):
+    """Return an open tiny model with a planted SAE at layer 1, or with the SAEs, model and tokenizer given."""
+    from steerkit.engine.lab import Lab
+
+    spec = SimpleNamespace(name="tiny", primary_layer=1, outlier=outlier)
+    return Lab(spec, hf or model(kind, **sizes), tok or tokenizer(), {1: planted_sae()} if saes is None else saes)

@@ -7,12 +7,13 @@ from pathlib import Path
 import yaml
 
 from steerkit.book import stamp as provenance
+from steerkit.book.closure import closure
 from steerkit.files import ROOT
 
 REASONS = {
     "notebook": "the notebook changed",
     "given": "its parameters changed",
-    "code": "steerkit/ changed",
+    "code": "the modules it imports changed",
     "data": "data/ changed",
     "versions": "requirements.lock changed",
     "needs": "a notebook it needs changed",
@@ -111,7 +112,7 @@ def jobs(scale: str, *, root: Path = ROOT) -> dict[str, Job]:
         parts = {
             "notebook": provenance.source_digest(nb),
             "given": provenance.digest(given),
-            "code": provenance.digest_files(root, ("steerkit",)),
+            "code": provenance.digest(closure(root, nb)),
             "data": provenance.digest_files(root, data),
             "versions": provenance.digest_files(root, ("requirements.lock",)),
             "needs": provenance.digest([found[need].key for need in needs]),

@@ -6,10 +6,12 @@ import re
 import sys
 from dataclasses import dataclass
 
+from pydantic import TypeAdapter, ValidationError
+
 from steerkit.book.stamp import tags
 
 MARK = "# Parameters"  # the first line of the cell that papermill injects
-TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
+TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict)}
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,13 @@ def parameters(nb: dict) -> dict[str, Parameter]:
     return found
 
 
-def _fits(value, hint: ast.expr | None) -> bool:
+def _fits(value, annotation: str) -> bool:
     """Tell whether `value` has the type that an annotation of names and brackets describes."""
-    if hint is None:
-        return True
-    name = (hint.value if isinstance(hint, ast.Subscript) else hint).id
-    if not isinstance(value, TYPES[name]) or (isinstance(value, bool) and name in {"int", "float"}):
+    try:
+        TypeAdapter(eval(annotation, {"__builtins__": TYPES})).validate_python(value, strict=True)
+    except ValidationError:
         return False
-    inner = hint.slice if isinstance(hint, ast.Subscript) else None
-    if name == "dict" and isinstance(inner, ast.Tuple):
-        return all(_fits(k, inner.elts[0]) and _fits(v, inner.elts[1]) for k, v in value.items())
-    return all(_fits(v, inner) for v in value) if name == "list" else True
+    return True
 
 
 def check_parameters(declared: dict[str, Parameter], given: dict) -> dict:
@@ -90,7 +88,7 @@ def check_parameters(declared: dict[str, Parameter], given: dict) -> dict:
     for name, value in values.items():
         spec = declared[name]
         expected = spec.annotation or ("" if spec.default is None else type(spec.default).__name__)
-        if not _fits(value, ast.parse(expected, mode="eval").body if expected else None):
+        if expected and not _fits(value, expected):
             raise ValueError(f"parameter `{name}`: expected {expected}, got {value!r} ({type(value).__name__})")
     return values
 

@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from steerkit.book import stamp as provenance
 from steerkit.book.cards import VERDICTS, Card, compare, verdict
 from steerkit.book.figures import METHOD_COLOURS, METHOD_MARKERS, Figure, band, check_figure, finding, numbers, panels, plain, png, style
 from steerkit.book.parameters import check_kernel
-from steerkit.files import check_writable, resolve, write_atomic
+from steerkit.files import check_writable, resolve, shipped, write_atomic
 from steerkit.stats import Interval
 
 __all__ = ["METHOD_COLOURS", "METHOD_MARKERS", "VERDICTS", "Book", "Card", "Figure", "Provenance"]
@@ -60,13 +61,15 @@ def _peak_memory() -> str:
 class Book:
     """Collects what one notebook finds: numbers, figures and cards; `close` writes them into `out_dir`.
 
-    Opening one checks the notebook's parameters and that both folders can be written: ValueError, OSError.
+    Opening one checks the notebook's parameters and that both folders can be written: ValueError, OSError. `full` finds the full
+    runs of `preset` under the folder `results`; without them it finds none.
 
     Example: `book = Book("01_steering_basics", out_dir=out_dir, figures_dir=figures_dir)`
     """
 
-    def __init__(self, notebook: str, *, out_dir: str | Path, figures_dir: str | Path):
+    def __init__(self, notebook: str, *, out_dir: str | Path, figures_dir: str | Path, results: str | Path = "", preset: str = ""):
         check_kernel()
+        self._results, self._preset = results, preset
         self.notebook, self.out_dir, self._figures = notebook, resolve(out_dir), str(figures_dir)
         self.metrics: dict[str, dict] = {}
         self.cards: dict[str, Card] = {}
@@ -118,6 +121,24 @@ class Book:
         plt.close(fig)
         shown = folder if not folder.is_absolute() else Path(folder.name)
         return Figure(picture, alt or title, tuple(f"{shown.as_posix()}/{name}.{kind}" for kind in ("png", suffix)))
+
+    def full(self, name: str, live=None, *, read: Callable | None = None):
+        """Return the shipped full run of this preset, or `live` itself where none is shipped; print which, and its number of rows.
+
+        `name` is a file in this notebook's folder of `results`, or in another's as "04_sae_ts/peaks.csv"; `read` makes a table of
+        its path, by default `pandas.read_csv`. `book.full("answers.csv.gz", live) is live` tells whether this run stands in.
+
+        Example: `full = book.full("scores.csv.gz", live, read=bcs.load_scores)`
+        """
+        import pandas as pd
+
+        if path := shipped(self._results, self._preset, name if "/" in name else f"{self.notebook}/{name}"):
+            found = (read or pd.read_csv)(path)
+            print(f"{name}: the shipped full run, {len(found):,} rows.")
+            return found
+        stands_in = "." if live is None else f": this run stands in, {len(live):,} rows."
+        print(f"{name}: no full run is shipped for these settings{stands_in}")
+        return live
 
     def card(
         self,

@@ -53,7 +53,7 @@ def tags(cell: dict) -> list[str]:
     return cell["metadata"].get("tags", [])
 
 
-def _text(cell: dict) -> str:
+def text(cell: dict) -> str:
     """Return the source of a cell; on disk it may be a list of lines."""
     return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
 
@@ -61,7 +61,7 @@ def _text(cell: dict) -> str:
 def source_digest(nb: dict) -> str:
     """Return the SHA-256 of what a reader wrote: type, source and tags of every cell but the injected one."""
     cells = [c for c in nb["cells"] if INJECTED not in tags(c)]
-    return digest([[c["cell_type"], _text(c), sorted(tags(c))] for c in cells])
+    return digest([[c["cell_type"], text(c), sorted(tags(c))] for c in cells])
 
 
 def outputs_digest(nb: dict) -> str:

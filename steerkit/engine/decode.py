@@ -1,6 +1,6 @@
 """One batch through the steered decode: what rows share is computed once, noise is keyed, finished rows are dropped."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -28,10 +28,10 @@ class Sampling:
     top_k: Whole = 0
     top_p: Number = 1.0
     max_new_tokens: Whole = 32
-    stop: tuple[Whole | None, ...] = ()
+    stop: Iterable[Whole | None] = ()
     seed: Whole = 0
     keep_stop: bool = False
-    allowed: tuple[Whole, ...] = ()
+    allowed: Iterable[Whole] = ()
 
     def __post_init__(self) -> None:
         for name in ("stop", "allowed"):
@@ -140,19 +140,16 @@ def decode(
     *,
     rows: Sequence[int],
     arm: Sequence[Hashable],
-    shared: Sequence[Hashable],
     sampling: Sampling,
     window: str = "all",
-    skip_first: bool = False,
-    pad: int = 0,
     watch: Watch | None = None,
 ) -> list[Completion]:
     """Complete a batch of token lists; entry r of every edit steers row r.
 
     Rows with equal `arm` have the same prompt and the same edits: as long as their tokens agree, one state of the model
-    serves them all, and it branches where they part. Rows with equal `shared` have the same edits on the prompt but for
-    its last token, which goes through the model once for them. In float32 a row's tokens do not depend on what else is
-    in the batch (packed weights on a CPU round each row alike); in bfloat16 and float16 near ties may fall otherwise.
+    serves them all, and it branches where they part. Where the window begins with the last prompt token or behind it, all
+    before that token goes through the model once for rows with equal prompts. In float32 a row's tokens do not depend on
+    what else is in the batch (packed weights on a CPU round each row alike); in bfloat16 and float16 near ties may fall otherwise.
     rows: numbers that key each row's noise. watch: is shown the residual stream, step by step.
     Raises NotFinite for logits with NaN or infinity: no token is drawn from them.
     """
@@ -160,23 +157,23 @@ def decode(
 
     width, device = max(map(len, prompts)), next(model.parameters()).device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # pads are masked: any token does
     mask = torch.arange(width, device=device)[None] >= width - lengths[:, None]
     noise = torch.from_numpy(uniforms(sampling.seed, rows, sampling.max_new_tokens)).to(device)
-    (first, state), (unique, prefix) = _groups(arm, device), _groups(shared, device)
-    settings = {"window": window, "skip_first": skip_first}
+    same = [tuple(p) for p in prompts] if window in ("last", "generated") else arm  # rows alike up to the last token
+    (first, state), (unique, prefix) = _groups(arm, device), _groups(same, device)
     cache, tally = DynamicCache(config=model.config), Tally(len(first))
     with packed_linears(model), grouped_attention(model):
         if width > 1:  # all but the last prompt token
             tally = Tally(len(unique))
-            prefill = Steering([edit.rows(unique) for edit in edits], prompt_length=lengths[unique], receipt=tally, **settings)
+            prefill = Steering([edit.rows(unique) for edit in edits], prompt_length=lengths[unique], receipt=tally, window=window)
             with attached(model, prefill):
                 _forward(model.base_model, ids[unique, :-1], mask[unique, :-1], cache)
             spread = prefix[first]
             tally.select(spread)
             if not torch.equal(spread, torch.arange(len(unique), device=device)):
-                _select(cache, spread)
-        steering = Steering([edit.rows(first) for edit in edits], prompt_length=lengths[first], receipt=tally, **settings)
+                select_rows(cache, spread)
+        steering = Steering([edit.rows(first) for edit in edits], prompt_length=lengths[first], receipt=tally, window=window)
         with attached(model, steering), _watching(model, watch) as show:
             return _decode_steps(model, ids[first, -1:], mask[first], cache, steering, tally, noise, sampling, state, show)
 
@@ -235,12 +232,12 @@ def _decode_steps(model, token, mask, cache, steering: Steering, tally: Tally, n
         if parent is not None:
             mask = mask[parent]
             steering.select(parent)
-            _select(cache, parent)
+            select_rows(cache, parent)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return [found[row] for row in range(len(tokens))]
 
 
-def _select(cache, index: Int[Tensor, " n"]) -> None:
+def select_rows(cache, index: Int[Tensor, " n"]) -> None:
     """Keep, drop or repeat the rows of a cache whose layers may lie on several devices."""
     for layer in cache.layers:
         keys = getattr(layer, "keys", None)

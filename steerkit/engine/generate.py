@@ -1,10 +1,9 @@
 """Many prompts x steering arms x samples in one batched, cached decode that streams to disk and resumes."""
 
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,25 +11,34 @@ import torch
 from torch import nn
 
 from steerkit.engine.decode import NotFinite, Sampling, decode
+from steerkit.engine.lab import Lab
 from steerkit.engine.memory import halving
 from steerkit.engine.steer import Ablate, Add, Boost, Edit, check_edits
-from steerkit.engine.tokens import prompt_ids, stop_tokens
+from steerkit.engine.tokens import prompt_ids
 from steerkit.inputs import Number, Whole, number, strings, whole
 from steerkit.progress import bar
-from steerkit.store import Journal, fingerprint
+from steerkit.store import Journal, Work, fingerprint
 
-__all__ = ["BASELINE", "Arm", "generate", "grid", "prompt_ids", "stack", "stop_tokens"]
+__all__ = ["BASELINE", "Arm", "Sampling", "Work", "generate", "grid", "stack"]
+COLUMNS = {"row", "prompt", "arm", "scale", "sample", "text", "tokens", "changed", "ratio"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to steer: a name, the edits applied together (none for the baseline), and a scale to tabulate by."""
+    """One way to steer: a name, the edits applied together (none for the baseline), and a scale to tabulate by.
+
+    labels: whatever else tells arms apart (topic, feature, ...); each comes back as a column of the table. ValueError for a
+    label that is the name of a column.
+    """
 
     name: str
     edits: tuple[Edit, ...] | list[Edit] | Edit = ()
     scale: Number = 0.0
+    labels: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if taken := COLUMNS & set(self.labels):
+            raise ValueError(f"{self.name}: expected labels that are no columns of the table, got {sorted(taken)}: rename them")
         edits = (self.edits,) if isinstance(self.edits, Edit) else tuple(self.edits)
         for name, value in {"name": str(self.name), "edits": edits, "scale": number(f"{self.name}.scale", self.scale)}.items():
             object.__setattr__(self, name, value)
@@ -39,10 +47,10 @@ class Arm:
 BASELINE = Arm("baseline")
 
 
-def grid(vectors: Iterable, scales: Iterable[Number]) -> list[Arm]:
-    """Return one arm for each steering vector and scale (scale = norm of what is added, in residual units)."""
+def grid(vectors: Iterable, scales: Iterable[Number], **labels) -> list[Arm]:
+    """Return one arm for each steering vector and scale (norm of what is added, in residual units), all with these labels."""
     scales = [number("scales", scale) for scale in scales]
-    return [Arm(v.name, (v.edit(scale),), scale) for v in vectors for scale in scales]
+    return [Arm(v.name, (v.edit(scale),), scale, labels) for v in vectors for scale in scales]
 
 
 def stack(arms: Sequence[Arm]) -> list[Edit]:
@@ -74,102 +82,78 @@ def _stack_slot(edits: list[Edit | None]) -> Edit:
 
 
 def generate(
-    model: nn.Module,
-    tokenizer,
+    lab: Lab,
     prompts: Iterable[str],
     arms: Sequence[Arm] = (BASELINE,),
     *,
     samples: Whole = 1,
-    max_new_tokens: Whole = 32,
-    temperature: Number = 1.0,
-    top_k: Whole = 0,
-    top_p: Number = 1.0,
-    stop: Iterable = (),
-    keep_stop: bool = False,
-    allowed: Iterable[Whole] = (),
+    sampling: Sampling = Sampling(),
     window: str = "all",
-    skip_first: bool = False,
-    seed: Whole = 0,
-    batch_size: Whole = 64,
     chat: bool = False,
-    out: str | Path | None = None,
-    progress: bool = True,
+    work: Work = Work(),
 ) -> pd.DataFrame:
     """Complete every prompt under every arm, `samples` times, and return one row a completion.
 
-    Columns: row, prompt (text), arm, scale, sample, text, tokens, changed (positions steered), ratio (mean |delta| / |resid|).
-    temperature 0 is greedy; top_k 0 and top_p 1 are off. A token in `stop` ends a text, and belongs to it with keep_stop.
-    allowed: the only tokens that may be drawn, for constrained decoding; all where none is named.
+    Columns: row, prompt (text), arm, the arms' labels, scale, sample, text, tokens, changed (positions steered), ratio (mean
+    |delta| / |resid|). sampling: temperature, nucleus, length, stop tokens and seed (`decode.Sampling`). window: "all", "prompt",
+    "last" or "generated", as in `steering`. chat: prompts go through the model's chat template.
     The noise of a row is keyed by (seed, row, step). In float32 a text therefore does not depend on batch size or order. In
     bfloat16 and float16 a product's rounding changes with the number of rows: in bfloat16 on a CPU, 6 of 24 greedy texts (12
     tokens) of the embedded model differed between batches of 24 and of 1. There the batch size is part of a kept run's key.
-    A batch that does not fit in memory is halved. With `out` (a .jsonl file) finished batches are on disk, and the same call
-    after an interruption carries on with the next one. "{key}" in the name becomes a hash of all that determines the texts
-    (weights, SAEs, prompts, edits, settings), so that another call gets another file.
+    work.out is a .jsonl file: finished batches are on disk, and the same call after an interruption carries on with the next one.
+    Its key holds all that determines the texts (weights, SAEs, prompts, edits, settings). Batches of 64 rows unless work says so.
 
     Warns by name of arms that changed no position in any row. Raises ValueError for settings out of range, edits that do not
     fit the model, an `out` that holds another run, or logits that are not finite (with row, arm, scale and dtype).
 
-    >>> generate(model, tokenizer, ["I think"], grid([vector], [0, 40, 80]), samples=4, out="runs/texts.jsonl")  # doctest: +SKIP
+    >>> generate(lab, ["I think"], grid([vector], [40, 80]), samples=4, work=Work(out="runs/texts.jsonl"))  # doctest: +SKIP
     """
-    sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(stop), seed, keep_stop, tuple(allowed))
-    prompts, arms = strings("prompts", prompts), list(arms)
-    samples, batch_size = whole("samples", samples), whole("batch_size", batch_size)
-    if samples < 1 or batch_size < 1 or not prompts or not arms:
-        raise ValueError(
-            f"expected at least one prompt, arm, sample and batch row, got {len(prompts)}, {len(arms)}, {samples}, {batch_size}"
-        )
+    model, tokenizer = lab.hf, lab.tokenizer
+    prompts, arms, samples, size = strings("prompts", prompts), list(arms), whole("samples", samples), work.rows(64)
+    if samples < 1 or not prompts or not arms:
+        raise ValueError(f"expected at least one prompt, arm and sample, got {len(prompts)}, {len(arms)}, {samples}")
     check_edits(model, [edit for arm in arms for edit in arm.edits])
     ids = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
     plan = [(p, a, s) for p in range(len(prompts)) for a in range(len(arms)) for s in range(samples)]
     order = sorted(range(len(plan)), key=lambda r: (len(ids[plan[r][0]]), r))  # rows of like length share a batch
-    settings = (samples, sampling, window, skip_first, batch_sensitive(model) and batch_size, _decoder(tokenizer))
-    key = fingerprint(model, prompts, ids, arms, *settings) if out else ""
-    journal = Journal(str(out).replace("{key}", key) if out else None, key)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for batch in bar([b for b in batches if not journal.has(b)], "generate", "batch", show=progress):
-        do = partial(_decoded, model, tokenizer, plan, ids, arms, sampling, window, skip_first)
+    settings = (samples, sampling, window, batch_sensitive(model) and size, _decoder(tokenizer))
+    key = fingerprint(model, prompts, ids, [(arm.name, arm.edits, arm.scale) for arm in arms], *settings) if work.out else ""
+    journal = Journal(work.path(key), key)
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    for batch in bar([b for b in batches if not journal.has(b)], "generate", "batch", show=work.progress):
+        do = partial(_decoded, lab, plan, ids, arms, sampling, window)
         rows = [row for part in halving(do, batch) for row in part]
-        journal.write(
-            [
-                {
-                    "row": r,
-                    "prompt": prompts[plan[r][0]],
-                    "arm": arms[plan[r][1]].name,
-                    "scale": arms[plan[r][1]].scale,
-                    "sample": plan[r][2],
-                }
-                | found
-                for r, found in rows
-            ]
-        )
+        journal.write([{"row": r, **_columns(prompts, arms, *plan[r]), **found} for r, found in rows])
+    labels = list(dict.fromkeys(label for arm in arms for label in arm.labels))
     found = pd.DataFrame([journal.rows[r] for r in range(len(plan))])
+    for at, label in enumerate(labels, list(found).index("arm") + 1):
+        found.insert(at, label, [arms[a].labels.get(label) for _, a, _ in plan])
     _warn_idle(found, arms, [a for _, a, _ in plan])
     return found
 
 
-def _decoded(model, tokenizer, plan, ids, arms, sampling, window, skip_first, batch) -> list[tuple[int, dict]]:
+def _columns(prompts: list[str], arms: list[Arm], p: int, a: int, s: int) -> dict:
+    return {"prompt": prompts[p], "arm": arms[a].name, "scale": arms[a].scale, "sample": s}
+
+
+def _decoded(lab, plan, ids, arms, sampling, window, batch) -> list[tuple[int, dict]]:
     """Decode a batch of rows of the plan, and return each with its number. Name the arms of what is not finite."""
     try:
         found = decode(
-            model,
+            lab.hf,
             [ids[plan[r][0]] for r in batch],
             stack([arms[plan[r][1]] for r in batch]),
             rows=batch,
             arm=[plan[r][:2] for r in batch],
-            shared=[plan[r][0] if window in ("last", "generated") else plan[r][:2] for r in batch],
             sampling=sampling,
             window=window,
-            skip_first=skip_first,
-            pad=tokenizer.pad_token_id or 0,
         )
     except NotFinite as error:
         lost = [(batch[i], arms[plan[batch[i]][1]]) for i in error.rows]
         named = "; ".join(f"row {r}, arm {arm.name!r}, scale {arm.scale:g}" for r, arm in lost[:4])
         raise ValueError(f"{named}: {error.what}: lower the scale, or open the model in float32") from error
-    return [
-        (r, {"text": tokenizer.decode(f.tokens), "tokens": f.tokens, "changed": f.changed, "ratio": f.ratio}) for r, f in zip(batch, found)
-    ]
+    text = lab.tokenizer.decode
+    return [(r, {"text": text(f.tokens), "tokens": f.tokens, "changed": f.changed, "ratio": f.ratio}) for r, f in zip(batch, found)]
 
 
 def batch_sensitive(model: nn.Module) -> bool:

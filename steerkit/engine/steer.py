@@ -79,7 +79,7 @@ def real_tokens(mask, ids: Tensor, before: int, config=None) -> Bool[Tensor, "ba
 
 @contextmanager
 def steering(
-    model: nn.Module,
+    lab,
     edits: Edit | Iterable[Edit],
     *,
     window: str = "all",
@@ -88,7 +88,7 @@ def steering(
     record: bool = True,
     tokenizer=None,
 ) -> Iterator[Receipt]:
-    """Steer `model` (a Hugging Face causal LM) while the context is open; yield the receipt.
+    """Steer an open model, a `Lab` or any Hugging Face causal LM, while the context is open; yield the receipt.
 
     window: "all", "prompt", "last" (last prompt token and after) or "generated". skip_first leaves position 0 (the
     beginning-of-text token) alone. prompt_length: real tokens of each prompt; by default what a call with an empty cache
@@ -96,16 +96,17 @@ def steering(
     repeats the one before and adds a single token goes on with that prompt.
     The hook reads the attention mask and the cache length of each call, so left pads are never touched and positions
     are right with and without a KV cache. Nothing is written in place, and the hooks go when the context ends, also
-    by an exception. record=False skips the receipt's norms. tokenizer lets the receipt show text. A compiled model runs
-    uncompiled meanwhile. A warning says so when the context ends and nothing was changed.
+    by an exception. record=False skips the receipt's norms. tokenizer lets the receipt show text; a lab brings its own. A
+    compiled model runs uncompiled meanwhile. A warning says so when the context ends and nothing was changed.
 
     Raises ValueError for an unknown window, a layer the model lacks, a vector whose width is not d_model, lengths that
     are another batch's, or a push that leaves the range of the model's dtype.
 
-    >>> with steering(model, Add(13, unit, 60.0), window="generated") as receipt:   # doctest: +SKIP
-    ...     model.generate(**inputs)
+    >>> with steering(lab, Add(13, unit, 60.0), window="generated") as receipt:     # doctest: +SKIP
+    ...     lab.hf.generate(**inputs)
     >>> receipt                                                                     # doctest: +SKIP
     """
+    model, tokenizer = getattr(lab, "hf", lab), tokenizer or getattr(lab, "tokenizer", None)
     receipt = Receipt(tokenizer)
     edits = [edits] if isinstance(edits, Edit) else list(edits)
     settings = {"window": window, "skip_first": skip_first, "prompt_length": prompt_length}
@@ -225,19 +226,3 @@ class Steering:
             return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
         return forward_hook
-
-
-def bridge_hooks(edits: Iterable[Edit], selected: Bool[Tensor, "batch pos"]) -> list[tuple[str, object]]:
-    """Return (hook name, function) pairs that steer the same way through TransformerBridge's `run_with_hooks`.
-
-    selected: the positions to change, [batch, pos], for example from `selected_positions`. For reading along;
-    `steering` is the fast path, and the two are tested equal.
-    """
-
-    def at(edit: Edit):
-        def hook(resid, hook=None):  # TransformerLens passes `hook` by name
-            return torch.where(selected[..., None], resid + edit.delta(resid), resid)
-
-        return hook
-
-    return [(f"blocks.{edit.layer}.hook_resid_post", at(edit)) for edit in edits]

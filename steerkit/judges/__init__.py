@@ -1,16 +1,21 @@
-"""Judges: functions that turn texts into scores in [0, 1].
+"""Judges: functions that turn texts into scores in [0, 1], and the `panel` of them that a sweep is judged by.
 
-`concept`, `coherence` and `refusal` work offline and give the same answer every time; `api` asks a model.
+`concept`, `coherence`, `related` and `refusal` work offline and give the same answer every time; `api` asks a model.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
-from steerkit.files import DATA
+from steerkit.files import DATA, cache_dir, resolve
+from steerkit.store import score_texts
 
 
 @runtime_checkable
@@ -41,3 +46,82 @@ def parameters(name: str) -> dict:
 def sigmoid(logit: np.ndarray) -> np.ndarray:
     """Return 1 / (1 + exp(-logit)), safe for large numbers."""
     return 0.5 * (1.0 + np.tanh(0.5 * np.asarray(logit, dtype=np.float64)))
+
+
+Asked = tuple[Judge, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Who judges: a judge for each topic, one of coherence (or fluency), one of whether a text is about what its prompt asks.
+
+    by: what judges coherence, where that is slow; finished parts are kept under it. before: told of all that is about to be
+    asked, so that judges that cost something can say how much, and ask for all of it at once.
+    """
+
+    name: str
+    concept: Callable[[str], Judge]
+    coherence: Judge
+    instruction: Judge
+    by: str = ""
+    before: Callable[[Sequence[Asked]], None] | None = None
+
+    def score(self, asked: Sequence[Asked], *, out: str | Path | None = None, progress: bool = True) -> list[pd.Series]:
+        """Return each judge's scores of its texts (columns prompt and text), under their index; equal pairs are judged once.
+
+        out: where the texts are kept; if "{key}" is in it, finished parts of coherence stay beside them and the same call carries on.
+        """
+        pairs = [texts[["prompt", "text"]] for _, texts in asked]
+        distinct = [(judge, part.drop_duplicates()) for (judge, _), part in zip(asked, pairs)]
+        if self.before:
+            self.before(distinct)
+        found = [self._judged(judge, part, out, progress) for judge, part in distinct]
+        return [part.merge(scores, how="left").score.set_axis(part.index) for part, scores in zip(pairs, found)]
+
+    def _judged(self, judge: Judge, pairs: pd.DataFrame, out: str | Path | None, progress: bool) -> pd.DataFrame:
+        read = lambda part: {"score": judge(part.text.tolist(), part.prompt.tolist())}  # noqa: E731
+        if not self.by or judge is not self.coherence:
+            return pairs.assign(**read(pairs))
+        return score_texts(pairs, read, name="coherence", by=self.by, out=out, progress=progress)
+
+
+def panel(
+    spec: str = "offline",
+    *,
+    rubric: str = "sae_ts",
+    cassette: str | Path | None = None,
+    max_calls: int = 2000,
+    **endpoint,
+) -> Panel:
+    """Return who judges: "offline", this project's own judges, or "api:MODEL@URL", a model behind any OpenAI-compatible address.
+
+    rubric: what a model is asked, "sae_ts" (behaviour and coherence, 1 to 10) or "axbench" (concept and fluency, 0 to 2); both
+    ask AxBench's question about the instruction, as SAE-TS has none, and all scores are brought to 0..1. cassette: the file
+    that keeps the answers, judged.jsonl in the cache folder by default; what it holds is not asked for again. max_calls: most
+    answers asked for in one go. endpoint: other fields of `api.Endpoint`, such as its prices. The key is read from the variable
+    STEERKIT_API_KEY.
+
+    Raises ValueError for another spec or rubric.
+
+    >>> panel("api:gpt-4o-mini@https://api.openai.com/v1").name
+    'api:gpt-4o-mini@https://api.openai.com/v1'
+    """
+    if spec == "offline":
+        from steerkit.judges.coherence import embedded_by, embedded_judge
+        from steerkit.judges.concept import concept_judge
+        from steerkit.judges.related import related_judge
+
+        return Panel(
+            spec,
+            concept=concept_judge,
+            coherence=lambda texts, prompts=None: embedded_judge()(texts, prompts),  # opened when it is first asked
+            instruction=lambda texts, prompts=None: related_judge(prompts or ())(texts, prompts),
+            by=embedded_by(),
+        )
+    from steerkit.judges.api import Answers, Endpoint, api_panel
+
+    found = re.fullmatch(r"api:(.+)@(https?://\S+)", spec)
+    if not found:
+        raise ValueError(f'judge: expected "offline" or "api:MODEL@URL", as in api:gpt-4o-mini@https://api.openai.com/v1, got {spec!r}')
+    cassette = resolve(cassette or cache_dir() / "judged.jsonl")
+    return api_panel(spec, rubric, Answers(Endpoint(found[2], found[1], **endpoint), cassette, max_calls))

@@ -2,48 +2,45 @@
 
 import hashlib
 import json
-import logging
 import os
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 from jaxtyping import Float
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-from steerkit.judges import Judge, checked
-from steerkit.judges.rubrics import Rubric, read_score
+from steerkit.judges import Asked, Judge, Panel, checked
+from steerkit.judges.concept import named
+from steerkit.judges.rubrics import PAPERS, Rubric, axbench_instruction, read_score
+from steerkit.progress import bar
 
-log = logging.getLogger(__name__)
 KEY_VARIABLE = "STEERKIT_API_KEY"
+UNREADABLE = 0.05  # largest share of replies without a score that is let pass
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the judge is: an address ending in /v1, a model name, how it answers, and what it costs (per 1,000 tokens).
+    """Where the judge is: an address ending in /v1, a model name, how it answers, and what a million tokens cost.
 
-    Without `api_key` the key is read from the variable STEERKIT_API_KEY. The key is never written anywhere.
+    The prices are those of gpt-4o-mini, the papers' judge, unless others are given.
     """
 
     base_url: str
     model: str
     temperature: float = 0.0
     max_tokens: int = 150
-    price_in: float = 0.00015
-    price_out: float = 0.0006
+    price_in: float = 0.15
+    price_out: float = 0.60
     currency: str = "USD"
-    api_key: str | None = field(default=None, repr=False)
     timeout: float = 30.0
-    retries: int = 3
+    retries: int = 5
+    pause: float = 0.5
     workers: int = 8
-
-    def key(self) -> str | None:
-        return self.api_key or os.environ.get(KEY_VARIABLE)
 
 
 def read_cassette(path: str | Path) -> dict[str, str]:
@@ -60,7 +57,7 @@ def read_cassette(path: str | Path) -> dict[str, str]:
                 replies[entry["key"]] = entry["reply"]
         except (json.JSONDecodeError, KeyError, TypeError):
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: expected JSON with key and reply, got {line[:60]!r}") from None
+                raise ValueError(f"{path}, line {number}: expected JSON with key and reply, got {line[:60]!r}; take it out") from None
     return replies
 
 
@@ -69,7 +66,8 @@ def _open_for_append(path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        if (held := file.read()) and not held.endswith(b"\n"):
+            file.truncate(held.rfind(b"\n") + 1)
     return open(path, "a", encoding="utf-8")
 
 
@@ -85,103 +83,153 @@ def cassette_key(body: dict) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def price(bodies: Sequence[dict], endpoint: Endpoint) -> float:
-    """Return an estimate of the cost: four characters a token in, `max_tokens` out, at the endpoint's prices."""
-    tokens_in = sum(len(message["content"]) / 4 for body in bodies for message in body["messages"])
-    return (tokens_in * endpoint.price_in + len(bodies) * endpoint.max_tokens * endpoint.price_out) / 1000
-
-
-def _call(body: dict, endpoint: Endpoint) -> str:
-    """Return the reply to one request; tries again, later and later, when the server is busy."""
-    url = endpoint.base_url.rstrip("/") + "/chat/completions"
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {endpoint.key()}"}
-    for attempt in range(endpoint.retries + 1):
-        try:
-            request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers, method="POST")
-            with urllib.request.urlopen(request, timeout=endpoint.timeout) as response:
-                return json.load(response)["choices"][0]["message"]["content"]
-        except urllib.error.HTTPError as error:
-            problem = f"HTTP {error.code}: {error.read()[:200]!r}"
-            if error.code != 429 and error.code < 500:
-                break
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            problem = str(error)
-        except (json.JSONDecodeError, KeyError, IndexError, TypeError):
-            problem = "a reply that is not a chat completion"
-            break
-        if attempt < endpoint.retries:
-            time.sleep(0.5 * 2**attempt)
-    raise RuntimeError(
-        f"expected a chat completion from {url}, got {problem}; check base_url, model and key, then run again "
-        "(answers so far are kept in the cassette)"
+def estimate(bodies: Sequence[dict], endpoint: Endpoint) -> str:
+    """Return in words what these calls take: four characters a token in, `max_tokens` out, at the endpoint's prices."""
+    tokens_in = round(sum(len(message["content"]) for body in bodies for message in body["messages"]) / 4)
+    tokens_out = len(bodies) * endpoint.max_tokens
+    price = (tokens_in * endpoint.price_in + tokens_out * endpoint.price_out) / 1e6
+    return (
+        f"{len(bodies):,} calls to {endpoint.model}, about {tokens_in:,} tokens in and at most {tokens_out:,} out: at most about "
+        f"{price:.4f} {endpoint.currency}, at {endpoint.price_in:g} and {endpoint.price_out:g} for a million"
     )
 
 
-def _record(missing: dict[str, dict], endpoint: Endpoint, cassette: Path, rubric: str) -> None:
-    """Ask for the missing replies, a few at a time, and append each to the cassette as it arrives."""
-    lock = threading.Lock()
-    with _open_for_append(cassette) as file, ThreadPoolExecutor(endpoint.workers) as pool:
+def _busy(error: BaseException) -> bool:
+    """Tell whether asking again may help: nothing came through, too many ask at once, or the server has a problem of its own."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return isinstance(error, httpx.TransportError)
 
-        def one(item: tuple[str, dict]) -> None:
-            reply = _call(item[1], endpoint)
-            with lock:
-                file.write(json.dumps({"key": item[0], "rubric": rubric, "reply": reply}) + "\n")
-                file.flush()
 
-        futures = [pool.submit(one, item) for item in missing.items()]
+@dataclass(frozen=True)
+class Answers:
+    """The answers of one model: those that the cassette holds, and others for the asking, at most `max_calls` in one go.
+
+    The cassette is a JSON-lines file keyed by the sha256 of model, parameters and messages (not of the address). The key is
+    read from the variable STEERKIT_API_KEY, and never written.
+    """
+
+    endpoint: Endpoint
+    cassette: Path
+    max_calls: int
+
+    def to(self, bodies: Sequence[dict]) -> list[str]:
+        """Return the answer to each request. What the cassette lacks is asked for, after a line that says how much and the price.
+
+        Raises, before any call, ValueError for more than `max_calls` and PermissionError where there is no key; RuntimeError for
+        a call that fails. What was answered until then is in the cassette.
+        """
+        by_key = {cassette_key(body): body for body in bodies}
+        known = read_cassette(self.cassette)
+        if missing := {key: body for key, body in by_key.items() if key not in known}:
+            cost = estimate(list(missing.values()), self.endpoint)
+            if len(missing) > self.max_calls:
+                raise ValueError(f"expected at most {self.max_calls:,} calls, got {cost}; raise max_calls or judge fewer texts")
+            if not os.environ.get(KEY_VARIABLE):
+                raise PermissionError(
+                    f"expected recorded answers in {self.cassette} or a key in {KEY_VARIABLE}, got neither for {len(missing)} of "
+                    f"{len(by_key)} requests ({cost}); set {KEY_VARIABLE} (any word will do for a server that asks for no key)"
+                )
+            print(f"judge: {cost}", flush=True)
+            self._record(missing)
+            known = read_cassette(self.cassette)
+        return [known[cassette_key(body)] for body in bodies]
+
+    def _record(self, missing: Mapping[str, dict]) -> None:
+        """Ask for the missing answers, a few at a time, and append each to the cassette as it arrives."""
+        lock, headers = threading.Lock(), {"Authorization": f"Bearer {os.environ[KEY_VARIABLE]}"}
+        with (
+            _open_for_append(self.cassette) as file,
+            httpx.Client(headers=headers, timeout=self.endpoint.timeout) as client,
+            ThreadPoolExecutor(self.endpoint.workers) as pool,
+        ):
+
+            def one(key: str, body: dict) -> None:
+                reply = self._call(client, body)
+                with lock:
+                    file.write(json.dumps({"key": key, "model": self.endpoint.model, "reply": reply}) + "\n")
+                    file.flush()
+
+            calls = [pool.submit(one, key, body) for key, body in missing.items()]
+            try:
+                for call in bar(calls, "judge", "call"):
+                    call.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _call(self, client: httpx.Client, body: dict) -> str:
+        """Return the reply to one request; tries again, later and later, when the server is busy."""
+        url, place = self.endpoint.base_url.rstrip("/") + "/chat/completions", self.endpoint
+        again = Retrying(
+            retry=retry_if_exception(_busy),
+            stop=stop_after_attempt(place.retries + 1),
+            wait=wait_exponential_jitter(place.pause, max=30, jitter=place.pause),
+            reraise=True,
+        )
         try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            reply = again(lambda: client.post(url, json=body).raise_for_status())
+            return reply.json()["choices"][0]["message"]["content"] or ""
+        except httpx.HTTPStatusError as error:
+            problem = f"HTTP {error.response.status_code}: {error.response.text[:200]!r}"
+        except httpx.RequestError as error:
+            problem = f"{type(error).__name__}: {error}"
+        except (ValueError, KeyError, IndexError, TypeError):
+            problem = "a reply that is not one"
+        raise RuntimeError(
+            f"expected a chat completion from {url}, got {problem.replace(os.environ[KEY_VARIABLE], '...')}; check the address, the model "
+            f"and {KEY_VARIABLE}, then run again: the answers so far are kept in {self.cassette}"
+        )
 
 
-def api_judge(rubric: Rubric, endpoint: Endpoint, cassette: str | Path, *, unparseable: str = "error") -> Judge:
-    """Return a judge that asks `endpoint` once per distinct text and prompt, and never again for what `cassette` holds.
+@dataclass(frozen=True)
+class ApiJudge:
+    """A judge that asks a model by a rubric, once for each distinct text and prompt.
 
-    The cassette is a JSON-lines file keyed by the sha256 of model, parameters and messages (not of the address).
-    A reply without a score on the scale raises ValueError when `unparseable="error"`; when "nan" it gives NaN, and a
-    warning says how many (AxBench itself counts such replies as 0: use np.nan_to_num to do the same).
-
-    Raises PermissionError when replies are missing and there is no key: it says how many, the price, and how to record.
-    Source: SAE-TS (arXiv 2411.02193) appendix B and AxBench (arXiv 2501.17148) appendix J; questions in our own words.
+    A reply without a score on the scale counts 0, as in AxBench, and a line says how many do; ValueError where they are more
+    than one in twenty. Source: SAE-TS (arXiv 2411.02193) appendix B and AxBench (arXiv 2501.17148) appendix J; questions in
+    our own words.
 
     >>> from steerkit.judges.rubrics import coherence
-    >>> judge = api_judge(coherence(), Endpoint("http://localhost:8000/v1", "some-model"), "runs/cassette.jsonl")
+    >>> judge = ApiJudge(coherence(), Answers(Endpoint("http://localhost:8000/v1", "some-model"), Path("judged.jsonl"), 2000))
     >>> judge([]).tolist()
     []
     """
-    if unparseable not in ("error", "nan"):
-        raise ValueError(f'expected unparseable to be "error" or "nan", got {unparseable!r}')
-    cassette = Path(cassette)
 
-    def judge(texts: Sequence[str], prompts: Sequence[str] | None = None) -> Float[np.ndarray, " texts"]:
+    rubric: Rubric
+    answers: Answers
+
+    def bodies(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> list[dict]:
+        """Return the requests, one for each text."""
         texts, prompts = checked(texts, prompts)
-        pairs = zip(texts, prompts or [""] * len(texts), strict=True)
-        bodies = [request_body(rubric, endpoint, text, prompt) for text, prompt in pairs]
-        keys = [cassette_key(body) for body in bodies]
-        replies = read_cassette(cassette)
-        missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in replies}
-        if missing:
-            cost = f"{price(list(missing.values()), endpoint):.4f} {endpoint.currency}"
-            if not endpoint.key():
-                raise PermissionError(
-                    f"expected recorded answers in {cassette} or a key, got neither for {len(missing)} of "
-                    f"{len(set(keys))} calls to {endpoint.model}; to record them (about {cost}) set {KEY_VARIABLE} "
-                    "(any word will do for a server that asks for no key)"
-                )
-            log.info("asking %s for %d answers, about %s", endpoint.model, len(missing), cost)
-            _record(missing, endpoint, cassette, rubric.name)
-            replies = read_cassette(cassette)
-        scores = np.array([read_score(rubric, replies[key]) for key in keys], dtype=np.float64)
-        if np.isnan(scores).any():
-            first = replies[keys[int(np.isnan(scores).argmax())]]
-            count, scale = int(np.isnan(scores).sum()), f"{rubric.low} to {rubric.high}"
-            problem = f"expected scores from {scale}, got {count} of {len(scores)} replies without one"
-            if unparseable == "error":
-                raise ValueError(f'{problem}, such as {first[:80]!r}; use another model, or unparseable="nan"')
-            log.warning("%s", problem)
-        return scores
+        return [request_body(self.rubric, self.answers.endpoint, *pair) for pair in zip(texts, prompts or [""] * len(texts), strict=True)]
 
-    return judge
+    def __call__(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Float[np.ndarray, " texts"]:
+        replies = self.answers.to(self.bodies(texts, prompts))
+        scores = np.array([read_score(self.rubric, reply) for reply in replies], dtype=np.float64)
+        if (lost := np.isnan(scores)).any():
+            scale, model = f"scores from {self.rubric.low:g} to {self.rubric.high:g}", self.answers.endpoint.model
+            got = f"{lost.sum()} of {len(lost)} replies of {model} without one, such as {replies[int(lost.argmax())][:80]!r}"
+            if lost.mean() > UNREADABLE:
+                raise ValueError(f"{self.rubric.name}: expected {scale}, got {got}; use a model that answers as asked")
+            print(f"{self.rubric.name}: {got}; they count 0", flush=True)
+        return np.nan_to_num(scores)
+
+
+def api_panel(name: str, rubric: str, answers: Answers) -> Panel:
+    """Return a panel of API judges that ask by one paper's rubric, and for all that is wanted in one go; see `judges.panel`.
+
+    Raises ValueError for an unknown rubric.
+    """
+    if rubric not in PAPERS:
+        raise ValueError(f"rubric: expected one of {list(PAPERS)}, got {rubric!r}")
+    concept, language = PAPERS[rubric]
+
+    def before(asked: Sequence[Asked]) -> None:
+        ours = [(judge, texts) for judge, texts in asked if isinstance(judge, ApiJudge)]
+        answers.to([body for judge, texts in ours for body in judge.bodies(texts.text.tolist(), texts.prompt.tolist())])
+
+    def about(topic: str) -> Judge:
+        return ApiJudge(concept(named(topic)), answers)
+
+    return Panel(name, about, ApiJudge(language, answers), ApiJudge(axbench_instruction(), answers), before=before)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 
 from steerkit.engine.losses import forward_losses
@@ -18,7 +17,7 @@ from steerkit.engine.tokens import bare_ids
 from steerkit.judges import Judge, checked, parameters, sigmoid
 from steerkit.models.fetch import CONVERSION
 from steerkit.models.presets import preset
-from steerkit.store import fingerprint, score_texts
+from steerkit.store import fingerprint
 
 MAX_TOKENS = 256
 MAX_CONTEXT = 128
@@ -193,19 +192,11 @@ EMBEDDED = "smollm2-135m"
 @functools.cache
 def embedded_judge() -> Judge:
     """Return the coherence judge on a model of its own, the embedded one in float32, opened once: whatever model wrote the texts."""
-    from steerkit.models.lab import load_model
+    from steerkit.models.load import load_model
 
     return coherence_judge(*load_model(preset(EMBEDDED)))
 
 
-def judge_pairs(prompts: Sequence[str], texts: Sequence[str], *, out=None, progress: bool = True) -> Float[np.ndarray, " texts"]:
-    """Return the coherence of each text after its prompt (`embedded_judge`); a pair that occurs often is judged once.
-
-    out: where the texts are kept; if "{key}" is in it, finished parts stay beside them and the same call carries on.
-    """
-    judge = embedded_judge()
-    pairs = pd.DataFrame({"prompt": prompts, "text": texts})
-    score = lambda part: {"coherence": judge(part.text.tolist(), part.prompt.tolist())}  # noqa: E731
-    by = fingerprint(parameters("coherence"), preset(EMBEDDED).package, CONVERSION) if out else ""
-    judged = score_texts(pairs.drop_duplicates(), score, name="judged", by=by, out=out, progress=progress)
-    return pairs.merge(judged, on=["prompt", "text"], how="left").coherence.to_numpy()
+def embedded_by() -> str:
+    """Return a key of all that `embedded_judge` scores by: its fitted numbers, and the model as it is fetched."""
+    return fingerprint(parameters("coherence"), preset(EMBEDDED).package, CONVERSION)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from steerkit.concepts import Concept, concepts
+from steerkit.concept import Concept, concepts
 from steerkit.judges import Judge, checked, parameters, sigmoid
 
 
@@ -51,33 +51,35 @@ def training_set(concept: Concept, others: dict[str, Concept]) -> tuple[list[str
 
 def fit_direction(x: Float[np.ndarray, "texts d"], y: Float[np.ndarray, " texts"], ridge: float) -> tuple[Float[np.ndarray, " d"], float]:
     """Return (w, b) with the least sum_i c_i (w x_i + b - y_i)^2 + ridge |w|^2, where c_i gives each class weight 1."""
+    from sklearn.linear_model import Ridge
+
     weight = np.where(y > 0, 1.0 / (y > 0).sum(), 1.0 / (y < 0).sum())
-    mean_x, mean_y = weight @ x / weight.sum(), weight @ y / weight.sum()
-    centred = x.astype(np.float64) - mean_x
-    gram = centred.T @ (weight[:, None] * centred) + ridge * np.eye(x.shape[1])
-    w = np.linalg.solve(gram, centred.T @ (weight * (y - mean_y)))
-    return w, float(mean_y - mean_x @ w)
+    fitted = Ridge(ridge).fit(x.astype(np.float64), y, sample_weight=weight)
+    return fitted.coef_, float(fitted.intercept_)
+
+
+def named(topic: str) -> Concept:
+    """Return the concept of that name; ValueError where data/concepts has none."""
+    known = concepts()
+    if topic not in known:
+        raise ValueError(f"expected a concept among {sorted(known)}, got {topic!r}; add data/concepts/{topic}.yaml")
+    return known[topic]
 
 
 def concept_judge(concept: Concept | str, *, others: dict[str, Concept] | None = None) -> Judge:
     """Return a judge of P(text is about the concept) = sigmoid(a e + b l + c).
 
-    e is a ridge classifier on the text's embedding, fitted here, in milliseconds, on the concept's contrast prompts
-    (so a new concept file works at once); l is `lexicon_score`; a, b, c are the same for all concepts.
-    Prompts, where given, are ignored: only the text counts. Empty text scores 0.
+    e is a ridge classifier on the text's embedding, fitted here, in milliseconds, on the concept's contrast prompts against
+    those of `others`, all of data/concepts by default (so a new concept file works at once); l is `lexicon_score`; a, b, c
+    are the same for all concepts. Prompts, where given, are ignored: only the text counts. Empty text scores 0.
 
     Raises ValueError for an unknown concept name.
 
     >>> concept_judge("london")(["We took the tube to Camden.", "Potatoes grow in sandy soil."]).round().tolist()
     [1.0, 0.0]
     """
-    known = concepts() if others is None or isinstance(concept, str) else {}
-    others = known if others is None else others
-    if isinstance(concept, str):
-        pool = {**known, **others}
-        if concept not in pool:
-            raise ValueError(f"expected a concept among {sorted(pool)}, got {concept!r}; add data/concepts/{concept}.yaml")
-        concept = pool[concept]
+    concept = named(concept) if isinstance(concept, str) else concept
+    others = concepts() if others is None else others
     fitted = parameters("concept")
     texts, labels = training_set(concept, others)
     w, b = fit_direction(embed(texts), labels, fitted["ridge"])

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from steerkit.concept import Concept
+
 
 @dataclass(frozen=True)
 class Rubric:
@@ -81,6 +83,13 @@ def axbench_fluency() -> Rubric:
     question = "Judge how fluent the sentence fragment below is. Ignore whether it is complete or relevant."
     scale = "0 = unnatural, repetitive or not understandable; 1 = clear mistakes; 2 = fluent, near perfect."
     return _axbench("fluency", question, scale)
+
+
+# What each paper asks of a topic, and of the language.
+PAPERS: dict[str, tuple[Callable[[Concept], Rubric], Rubric]] = {
+    "sae_ts": (lambda topic: behaviour(topic.criterion), coherence()),
+    "axbench": (lambda topic: axbench_concept(f"{topic.title}. {topic.criterion.rstrip('. ')}"), axbench_fluency()),
+}
 
 
 def read_score(rubric: Rubric, reply: str) -> float:

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from steerkit.features import residuals, token_batches
+from steerkit.engine.lab import Place
+from steerkit.features import read, token_batches
 
 
 @torch.inference_mode()
-def peaks_at_start(model: nn.Module, tokenizer, sae, texts: Sequence[str], *, layer: int) -> Bool[Tensor, " d_sae"]:
+def peaks_at_start(at: Place, texts: Sequence[str]) -> Bool[Tensor, " d_sae"]:
     """Mark features whose strongest activation over all texts is on the first token (FGAA section 3.2, the BOS filter)."""
     first, rest = [], []
-    for ids, mask in token_batches(tokenizer, texts):
-        resid = residuals(model, ids.to(model.device), mask.to(model.device), layers=[layer])[layer]
-        acts = (sae.encode(resid.to(sae.dtype)) * mask.to(model.device)[..., None]).cpu()
+    for ids, mask in token_batches(at.tokenizer, texts):
+        resid, real = read(at, ids, mask, include_first=True)
+        acts = (at.sae.encode(resid.to(at.sae.dtype)) * real[..., None]).cpu()
         first.append(acts[:, 0].amax(0))
         rest.append(acts[:, 1:].amax((0, 1)))
     first, rest = torch.stack(first).amax(0), torch.stack(rest).amax(0)

@@ -29,11 +29,11 @@ def quality(sae, x: Float[Tensor, "n d_model"]) -> dict[str, float]:
     return {"fvu": float(missed / total), "l0": float((acts > 0).float().sum(-1).mean()), "positions": len(x)}
 
 
-def measure(loaded, saes: dict[int, object]) -> dict[int, dict[str, float]]:
+def measure(lab, saes: dict[int, object]) -> dict[int, dict[str, float]]:
     """Return `quality` per layer on the neutral texts of data/check_texts.txt."""
-    ids, mask = loaded.tokens((DATA / "check_texts.txt").read_text().splitlines())
-    resid = residuals(loaded.hf, ids, mask, layers=list(saes))
-    spec, special = loaded.preset, loaded.tokenizer.all_special_ids
+    ids, mask = lab.tokens((DATA / "check_texts.txt").read_text().splitlines())
+    resid = residuals(lab.hf, ids, mask, layers=list(saes))
+    spec, special = lab.preset, lab.tokenizer.all_special_ids
     return {
         layer: quality(
             sae,
@@ -43,14 +43,14 @@ def measure(loaded, saes: dict[int, object]) -> dict[int, dict[str, float]]:
     }
 
 
-def self_check(loaded, saes: dict[int, object], chosen: SaeSet) -> list[dict]:
+def self_check(lab, saes: dict[int, object], chosen: SaeSet) -> list[dict]:
     """Return one row per SAE (layer, fvu, l0, positions, what was expected); ValueError when one does not fit.
 
     Against recorded values FVU may differ by 0.02 or 15 %, L0 by 15 %. Where nothing is recorded, FVU must stay below
     0.5 and L0 within a factor of 3 of the published one.
     """
     rows = []
-    for layer, got in measure(loaded, saes).items():
+    for layer, got in measure(lab, saes).items():
         if want := chosen.expect.get(layer):
             slack = max(FVU_SLACK[0], FVU_SLACK[1] * want["fvu"])
             fits = abs(got["fvu"] - want["fvu"]) <= slack and abs(got["l0"] - want["l0"]) <= L0_SLACK * want["l0"]
@@ -62,19 +62,19 @@ def self_check(loaded, saes: dict[int, object], chosen: SaeSet) -> list[dict]:
             expected = f"FVU below {FVU_BOUND}{near}"
         if not fits:
             raise ValueError(
-                f"{loaded.preset.name}, layer {layer}: the SAE does not fit the activations. Expected {expected}; got "
+                f"{lab.preset.name}, layer {layer}: the SAE does not fit the activations. Expected {expected}; got "
                 f"FVU {got['fvu']:.3f} and L0 {got['l0']:.1f}. Probably it belongs to another layer, another model or "
                 f"differently processed weights: check `{chosen.sae_id(layer)}` in data/models.yaml. After training it "
-                f"anew, run `python -m steerkit.models.lab record {loaded.preset.name}`. check=False opens it all the same."
+                f"anew, run `python -m recipes.checks {lab.preset.name}`. check=False opens it all the same."
             )
         rows.append({"layer": layer, **got, "expected": expected})
     return rows
 
 
-def record(loaded, set_name: str | None = None, *, path: Path = DATA / "models.yaml") -> dict[int, dict[str, float]]:
+def record(lab, set_name: str | None = None, *, path: Path = DATA / "models.yaml") -> dict[int, dict[str, float]]:
     """Measure every SAE of an open preset and write the `expect:` line of that set in the presets file; return it."""
-    name, set_name = loaded.preset.name, set_name or next(iter(loaded.preset.saes))
-    found = measure(loaded, dict(loaded.saes))
+    name, set_name = lab.preset.name, set_name or next(iter(lab.preset.saes))
+    found = measure(lab, dict(lab.saes))
     expect = {layer: {"fvu": round(row["fvu"], 4), "l0": round(row["l0"], 2)} for layer, row in sorted(found.items())}
     line = ", ".join(f"{layer}: {{fvu: {row['fvu']}, l0: {row['l0']}}}" for layer, row in expect.items())
     head = rf"{re.escape(name)}:\n(?:(?:[ #].*)?\n)*?    {re.escape(set_name)}:.*\n(?:      .*\n)*?      expect: "

@@ -2,17 +2,27 @@
 
 import difflib
 import re
-import types
-import typing
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import field, replace
 from pathlib import Path
+from typing import Annotated
 
-import yaml
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
 
 from steerkit.files import DATA
+from steerkit.typed import STRICT, read_yaml
 
 
-@dataclass(frozen=True)
+def _span(layers):
+    """Return the layers of a range such as 0-25; what is no text stays as it is."""
+    if not isinstance(layers, str):
+        return layers
+    if not (ends := re.fullmatch(r"(\d+)-(\d+)", layers)):
+        raise ValueError(f"expected a list or a range such as 0-25, got {layers!r}")
+    return list(range(int(ends[1]), int(ends[2]) + 1))
+
+
+@dataclass(frozen=True, config=STRICT)
 class Package:
     """A model file inside a wheel: package name, exact version, sha256 of the wheel, the file's path in the wheel."""
 
@@ -22,16 +32,22 @@ class Package:
     member: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SaeSet:
     """SAEs by layer: a sae_lens `release` or a `folder`, and the id of each layer's SAE (see data/models.yaml)."""
 
     id: str
-    layers: list[int]
+    layers: Annotated[list[int], BeforeValidator(_span)]
     release: str | None = None
     folder: str | None = None
     ids: dict[int, str] = field(default_factory=dict)
     expect: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if (self.release is None) == (self.folder is None):
+            raise ValueError("expected either `release` or `folder`, got both or neither")
+        if bad := [found for found in self.expect.values() if set(found) != {"fvu", "l0"}]:
+            raise ValueError(f"expect: expected fvu and l0 for each layer, got {bad[0]}")
 
     def sae_id(self, layer: int) -> str:
         """Return the id of one layer's SAE."""
@@ -48,7 +64,7 @@ class SaeSet:
         return entry.expected_l0[name] or (float(in_path[1]) if in_path else None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Needs:
     """What a preset needs: GPU memory, disk, and whether a licence must be accepted on the hub."""
 
@@ -57,7 +73,7 @@ class Needs:
     gated: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class EffectFiles:
     """Published effects of steering vectors (SAE-TS): a hub data set and its two files."""
 
@@ -66,20 +82,26 @@ class EffectFiles:
     effects: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Preset:
     """One entry of data/models.yaml; the first of `saes` is the default set."""
 
-    name: str
     primary_layer: int
     dtype: str
     bos: str
-    saes: dict[str, SaeSet]
+    saes: Annotated[dict[str, SaeSet], Field(min_length=1)]
     needs: Needs
     outlier: float
     hub: str | None = None
     package: Package | None = None
     effects: EffectFiles | None = None
+    name: str = ""  # the entry's key
+
+    def __post_init__(self):
+        if (self.hub is None) == (self.package is None):
+            raise ValueError("expected either `hub` or `package`, got both or neither")
+        if self.primary_layer not in self.layers:
+            raise ValueError(f"primary_layer: expected one of {self.layers}, got {self.primary_layer}")
 
     @property
     def layers(self) -> list[int]:
@@ -99,61 +121,9 @@ class Preset:
         return self.saes[name or next(iter(self.saes))]
 
 
-def _fits(value, hint) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in args)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(v, args[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
-    return type(value) in ((int, float) if hint is float else (hint,))
-
-
-def _build(cls, raw, where: str):
-    """Make dataclass `cls` from a yaml mapping; unknown or missing key or wrong type is a ValueError that names it."""
-    known, hints = {f.name: f for f in fields(cls)}, typing.get_type_hints(cls)
-    required = {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
-    if not isinstance(raw, dict):
-        raise ValueError(f"{where}: expected keys {sorted(required)}, got {raw!r}")
-    if wrong := set(raw) - set(known) or required - set(raw):
-        kind = "unknown" if wrong - set(known) else "missing"
-        raise ValueError(f"{where}: {kind} key {', '.join(sorted(map(str, wrong)))}; known keys: {', '.join(known)}")
-    for key, value in raw.items():
-        if not _fits(value, hints[key]):
-            raise ValueError(f"{where}.{key}: expected {hints[key]}, got {value!r}")
-    return cls(**raw)
-
-
-def _build_set(raw, where: str) -> SaeSet:
-    if isinstance(raw, dict) and isinstance(span := raw.get("layers"), str):
-        if not (ends := re.fullmatch(r"(\d+)-(\d+)", span)):
-            raise ValueError(f"{where}.layers: expected a list or a range such as 0-25, got {span!r}")
-        raw = raw | {"layers": list(range(int(ends[1]), int(ends[2]) + 1))}
-    made = _build(SaeSet, raw, where)
-    if (made.release is None) == (made.folder is None):
-        raise ValueError(f"{where}: expected either `release` or `folder`, got both or neither")
-    if bad := [x for x in made.expect.values() if set(x) != {"fvu", "l0"}]:
-        raise ValueError(f"{where}.expect: expected fvu and l0 for each layer, got {bad[0]}")
-    return made
-
-
 def presets(path: str | Path = DATA / "models.yaml") -> dict[str, Preset]:
     """Return all presets by name; ValueError for an unknown key, a missing key or a wrong type in the file."""
-    found = {}
-    for name, raw in yaml.safe_load(Path(path).read_text()).items():
-        if not (isinstance(raw, dict) and isinstance(raw.get("saes"), dict) and raw["saes"]):
-            raise ValueError(f"{name}: expected a mapping with at least one SAE set under `saes`, got {raw!r}")
-        nested = {"name": name, "saes": {str(k): _build_set(v, f"{name}.saes.{k}") for k, v in raw["saes"].items()}}
-        for key, cls in (("needs", Needs), ("package", Package), ("effects", EffectFiles)):
-            if key in raw:
-                nested[key] = _build(cls, raw[key], f"{name}.{key}")
-        found[name] = _build(Preset, raw | nested, name)
-        if (found[name].hub is None) == (found[name].package is None):
-            raise ValueError(f"{name}: expected either `hub` or `package`, got both or neither")
-        if (primary := found[name].primary_layer) not in found[name].layers:
-            raise ValueError(f"{name}.primary_layer: expected one of {found[name].layers}, got {primary}")
-    return found
+    return {name: replace(found, name=name) for name, found in read_yaml(path, dict[str, Preset]).items()}
 
 
 def preset(name: str) -> Preset:

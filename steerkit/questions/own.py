@@ -1,73 +1,47 @@
 """Own tasks for a small chat model, without a download: facts about countries, arithmetic, letter choice, refusal."""
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 from zlib import crc32
 
 import numpy as np
-import yaml
+from pydantic import Field
 
 from steerkit.files import DATA
 from steerkit.questions.correct import LETTERS, contains, normal
 from steerkit.questions.countries import Country, countries
 from steerkit.questions.released import choose
 from steerkit.questions.task import Question, Task
+from steerkit.typed import STRICT, Text, read_yaml
 
 TASKS = ("facts", "letters", "arithmetic", "refusal")
 REQUESTS = DATA / "prompts" / "requests.yaml"
 
-
+# fmt: off
 WORDINGS = {
-    "capital": (
-        "What is the capital of {x}?",
-        "Which city is the capital of {x}?",
-        "Name the capital city of {x}.",
-        "Tell me the capital of {x}.",
-    ),
-    "country": (
-        "Which country has {capital} as its capital?",
-        "{capital} is the capital of which country?",
-        "Name the country whose capital is {capital}.",
-    ),
-    "continent": (
-        "On which continent is {x}?",
-        "Which continent is {x} part of?",
-        "Name the continent where you find {x}.",
-        "To which part of the world, named as a continent, does {x} belong?",
-    ),
-    "currency": (
-        "What is the currency of {x}?",
-        "Which currency do people pay with in {x}?",
-        "Name the money that is used in {x}.",
-        "What is the official money of {x} called?",
-    ),
-    "currency code": (
-        "What is the three-letter code of the currency of {x}?",
-        "Which three-letter ISO code does the money of {x} have?",
-        "Give the three-letter currency code used for {x}.",
-    ),
-    "dialling code": (
-        "What is the international dialling code of {x}?",
-        "Which country code do you dial to call {x}?",
-        "Give the telephone country code of {x}.",
-    ),
-    "country code": (
-        "What is the two-letter country code of {x}?",
-        "Which two-letter ISO code stands for {x}?",
-        "Give the two-letter ISO country code of {x}.",
-    ),
-    "domain": (
-        "What is the internet top-level domain of {x}?",
-        "Which internet country domain do web sites of {x} use?",
-        "Give the country domain, with its dot, of web sites in {x}.",
-    ),
-    "neighbour": (
-        "Name a country that borders {x}.",
-        "Which country shares a land border with {x}?",
-        "Name one neighbouring country of {x}.",
-    ),
+    "capital": ("What is the capital of {x}?", "Which city is the capital of {x}?", "Name the capital city of {x}.",
+                "Tell me the capital of {x}."),
+    "country": ("Which country has {capital} as its capital?", "{capital} is the capital of which country?",
+                "Name the country whose capital is {capital}."),
+    "continent": ("On which continent is {x}?", "Which continent is {x} part of?", "Name the continent where you find {x}.",
+                  "To which part of the world, named as a continent, does {x} belong?"),
+    "currency": ("What is the currency of {x}?", "Which currency do people pay with in {x}?", "Name the money that is used in {x}.",
+                 "What is the official money of {x} called?"),
+    "currency code": ("What is the three-letter code of the currency of {x}?", "Which three-letter ISO code does the money of {x} have?",
+                      "Give the three-letter currency code used for {x}."),
+    "dialling code": ("What is the international dialling code of {x}?", "Which country code do you dial to call {x}?",
+                      "Give the telephone country code of {x}."),
+    "country code": ("What is the two-letter country code of {x}?", "Which two-letter ISO code stands for {x}?",
+                     "Give the two-letter ISO country code of {x}."),
+    "domain": ("What is the internet top-level domain of {x}?", "Which internet country domain do web sites of {x} use?",
+               "Give the country domain, with its dot, of web sites in {x}."),
+    "neighbour": ("Name a country that borders {x}.", "Which country shares a land border with {x}?",
+                  "Name one neighbouring country of {x}."),
 }
+# fmt: on
 
 
 def _asked() -> Iterator[tuple[Country, str, int, str]]:
@@ -120,7 +94,7 @@ def letters() -> tuple[Question, ...]:
     return tuple(found)
 
 
-SUMS: dict[str, tuple[Callable[[int, int], int], tuple[str, ...]]] = {
+SUMS = {
     "sum": (operator.add, ("What is {a} + {b}?", "Add {a} and {b}.", "{a} plus {b} equals what?", "Calculate {a} + {b}.")),
     "difference": (operator.sub, ("What is {a} - {b}?", "Subtract {b} from {a}.", "{a} minus {b} is what?", "Calculate {a} - {b}.")),
     "product": (operator.mul, ("What is {a} x {b}?", "Multiply {a} by {b}.", "{a} times {b} equals what?", "Calculate {a} x {b}.")),
@@ -152,27 +126,46 @@ def arithmetic(*, pairs: int = 2000) -> tuple[Question, ...]:
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class Harmful:
+    """A request to refuse."""
+
+    text: Text
+    category: Text
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Harmless:
+    """A request to answer."""
+
+    text: Text
+    kind: Text
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A file of requests."""
+
+    harmful: Annotated[tuple[Harmful, ...], Field(min_length=1)]
+    harmless: Annotated[tuple[Harmless, ...], Field(min_length=1)]
+    __pydantic_config__ = STRICT
+
+
 def refusal(path: str | Path | None = None) -> tuple[Question, ...]:
     """Return requests to refuse (`harmful`: text, category) and to answer (`harmless`: text, kind) from a YAML file.
 
     Raises FileNotFoundError without the file, ValueError naming the entry for a missing key, an empty list or a repeated text.
     """
-    path = Path(path or REQUESTS)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a YAML file with the lists harmful and harmless, got none: check the path")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    found, seen = [], set()
-    for side, key, gold in (("harmful", "category", "refuse"), ("harmless", "kind", "answer")):
-        entries = content.get(side) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not entries:
-            raise ValueError(f"{path}: expected a list under {side}, got {type(entries).__name__}; add entries {{text, {key}}}")
-        for n, entry in enumerate(entries):
-            if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) and entry[k].strip() for k in ("text", key)):
-                raise ValueError(f"{path}, {side} {n}: expected the keys text and {key} with text in them, got {entry!r:.80}")
-            if (plain := normal(entry["text"])) in seen:
-                raise ValueError(f"{path}, {side} {n}: expected every request once, got again {entry['text']!r:.60}; remove the copy")
-            seen.add(plain)
-            found.append(Question("refusal", f"{side}-{n}", f"{side}:{n}", entry["text"].strip(), gold, kind=f"{side}: {entry[key]}"))
+    asked, found, seen = read_yaml(path or REQUESTS, Requests), [], set()
+    entries = [("harmful", n, "refuse", r.text, r.category) for n, r in enumerate(asked.harmful)]
+    entries += [("harmless", n, "answer", r.text, r.kind) for n, r in enumerate(asked.harmless)]
+    for side, n, gold, text, kind in entries:
+        if (plain := normal(text)) in seen:
+            raise ValueError(f"{path or REQUESTS}, {side}.{n}: expected every request once, got again {text!r:.60}; remove the copy")
+        seen.add(plain)
+        found.append(Question("refusal", f"{side}-{n}", f"{side}:{n}", text, gold, kind=f"{side}: {kind}"))
     return tuple(found)
 
 
@@ -180,10 +173,11 @@ def load_own(name: str, source: str | Path | None = None) -> Task:
     """Return an own task: facts, letters, arithmetic, or refusal (from the YAML file `source`). Raises ValueError for another source."""
     if source is not None and name != "refusal":
         raise ValueError(f"{name}: expected no source, got {source}; this task makes its questions by itself")
-    if name == "facts":
-        return Task(name, "contains", 24, True, {"all": facts()}, units=True)
-    if name == "letters":
-        return Task(name, "letter", 1, False, {"all": letters()}, units=True)
-    if name == "arithmetic":
-        return Task(name, "result", 16, True, {"all": arithmetic()}, units=True)
-    return Task(name, "refusal", 32, True, {"all": refusal(source)}, units=True, grader="offline")
+    if name == "refusal":
+        return Task(name, "refusal", 32, True, {"all": refusal(source)}, units=True, grader="offline")
+    make, answer, length, chat = {
+        "facts": (facts, "contains", 24, True),
+        "letters": (letters, "letter", 1, False),
+        "arithmetic": (arithmetic, "result", 16, True),
+    }[name]
+    return Task(name, answer, length, chat, {"all": make()}, units=True)

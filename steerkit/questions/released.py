@@ -1,16 +1,15 @@
 """The released tasks of CorrSteer: rows from a hub id or a file, prompts byte for byte as the released code builds them."""
 
-import gzip
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
+from steerkit import data
 from steerkit.questions.correct import LETTERS
 from steerkit.questions.task import Question, Task
 
-FILES = (".jsonl", ".json", ".gz", ".parquet")
 BBQ_SUBSETS = (
     "Age Disability_status Gender_identity Nationality Physical_appearance Race_ethnicity Race_x_SES Race_x_gender Religion SES "
     "Sexual_orientation"
@@ -28,7 +27,7 @@ def mmlu(row: Mapping) -> dict | None:
     gold, choices = row["answer"], tuple(row["choices"])
     prompt = choose(row["question"], choices, "A, B, C, or D")
     gold = LETTERS[gold] if isinstance(gold, int) else str(gold).strip().upper()
-    return {"prompt": prompt, "gold": gold, "choices": choices, "group": row["subject"] or "none", "kind": row["subject"]}
+    return {"prompt": prompt, "gold": gold, "choices": choices, "group": row.get("subject") or "none", "kind": row.get("subject") or ""}
 
 
 def mmlu_pro(row: Mapping) -> dict | None:
@@ -133,48 +132,28 @@ def load_released(name: str, source: str | Path | Mapping[str, str | Path] | Non
     One MMLU-Pro file is divided by subject into train and test as the released copy is: test is the first of five folds of
     scikit-learn's GroupKFold over the ten-option questions' categories. Raises as `steerkit.questions.load`.
     """
-    spec = SPECS[name]
+    spec, parts = SPECS[name], {}
+    if isinstance(source, str | Path) and data.kind(source):
+        source = {"all": source}
     if isinstance(source, Mapping):
         if odd := set(source) - {"all", "train", "validation", "test"} or not source:
             raise ValueError(f"{name}: expected files for all, or for train, test and perhaps validation, got {odd or 'none'}")
-        parts = {part: _questions(name, part, read_rows(path), path) for part, path in source.items()}
-    elif source is not None and Path(source).suffix in FILES:
-        parts = {"all": _questions(name, "all", read_rows(source), source)}
+        parts = {part: _questions(name, part, data.rows(path), path) for part, path in source.items()}
     else:
-        hub = str(source or spec.hub)
-        parts = {part: _questions(name, part, _hub_rows(hub, spec.configs, at), hub) for part, at in spec.splits.items()}
+        hub = source or spec.hub
+        for part, at in spec.splits.items():
+            records = chain.from_iterable(data.rows(hub, split=at, name=config, streaming=False) for config in spec.configs)
+            parts[part] = _questions(name, part, records, hub)
     if name == "mmlu_pro" and "all" in parts:
         parts = _by_subject(parts["all"])
     return Task(name, spec.answer, spec.max_new_tokens, False, parts)
 
 
-def read_rows(path: str | Path) -> list[dict]:
-    """Return the records of a .jsonl(.gz) or .parquet file; FileNotFoundError without it, ValueError for a line that is not JSON."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a file of questions, got none: check the path, or give a hub data set id")
-    if path.suffix == ".parquet":
-        import pandas as pd
-
-        return json.loads(pd.read_parquet(path).to_json(orient="records"))
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
-        try:
-            return [json.loads(line) for line in file if line.strip()]
-        except (json.JSONDecodeError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: expected one JSON record a line, got {error}; fetch the file again") from None
-
-
-def _hub_rows(hub: str, configs: tuple[str, ...], at: str) -> list[dict]:
-    from datasets import load_dataset
-
-    return [row for config in configs for row in load_dataset(hub, config, split=at)]
-
-
-def _questions(name: str, part: str, rows: Iterable[Mapping], source: object) -> tuple[Question, ...]:
-    """Read rows; the id is the part and the row's number in its source, counted before any row is left out."""
+def _questions(name: str, part: str, records: Iterable[Mapping], source: object) -> tuple[Question, ...]:
+    """Read records; the id is the part and the record's number in its source, counted before any is left out."""
     found, condition = [], name.removeprefix("bbq_") if name.startswith("bbq_") else None
-    for n, row in enumerate(rows):
+    for n, record in enumerate(records):
+        row = {key: value for key, value in record.items() if value is not None}  # what only other rows have
         try:
             fields = SPECS[name].read(row)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:

@@ -40,20 +40,10 @@ class Task:
     def grade(self, texts: Sequence[str], questions: Sequence[Question], *, rule: str = "released", grader: str | Grader = "") -> Grades:
         """Return for every text whether it is right, its outcome, and the name of what decided.
 
+        An outcome is right; wrong, an answer in the asked form, but not the right one; or a format error: format_right or
+        format_wrong, not in the asked form, though the fixed rule finds the right or another answer in it; format_none, no answer at all.
         rule: released, or fixed (letters: case and punctuation; numbers: thousands separators, 18.0; similar: containment).
         grader: of refusals and similarity: auto, released, offline, or a Grader of your own; by default the task's.
         Special tokens such as <|im_end|> are dropped first. Raises ValueError for lengths that differ or an unknown rule.
         """
         return grade(self.answer, texts, questions, rule=rule, grader=grader or self.grader)
-
-    def correct(self, text: str, question: Question, *, rule: str = "released") -> bool:
-        """Tell whether one text is right."""
-        return bool(self.grade([text], [question], rule=rule).correct[0])
-
-    def outcome(self, text: str, question: Question, *, rule: str = "released") -> str:
-        """Return right; wrong (an answer in the asked form, but not the right one: knowledge); or a format error.
-
-        format_right and format_wrong: not in the asked form, though the fixed rule finds the right or another answer in it;
-        format_none: no answer at all.
-        """
-        return self.grade([text], [question], rule=rule).outcome[0]

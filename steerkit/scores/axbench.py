@@ -1,24 +1,25 @@
 """An AxBench-style score: is the concept there, was the instruction followed, is the text fluent?
 
 Wu et al. (arXiv 2501.17148), as used in arXiv 2505.20063, section 4.4. Three scores from 0 to 2 a text, joined by a harmonic
-mean; the factor is chosen on one half of the instructions and reported on the other. The judges are this project's.
+mean; the factor is chosen on one half of the instructions and reported on the other.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Num
 
+from steerkit.engine.decode import Sampling
 from steerkit.engine.generate import Arm, generate
+from steerkit.engine.lab import Lab
 from steerkit.engine.tokens import stop_tokens
-from steerkit.judges.coherence import judge_pairs
-from steerkit.judges.concept import concept_judge
-from steerkit.judges.related import related_judge
+from steerkit.judges import Panel, panel
+from steerkit.store import Work
 
 SCORES = ["concept", "instruct", "fluency"]
+SAMPLING = Sampling(max_new_tokens=40)
 
 
 def harmonic(scores: Num[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n"]:
@@ -47,53 +48,56 @@ def overall(scores: Num[np.ndarray, "texts 3"], *, how: str = "texts") -> float:
 
 
 def steer(
-    loaded,
-    arms: Mapping[tuple, Sequence[Arm]],
-    *,
+    lab: Lab,
+    arms: Sequence[Arm],
     instructions: Sequence[str],
-    prefix: Mapping[tuple, str] | None = None,
+    *,
+    prefix: Mapping[str, str] | None = None,
     window: str = "last",
-    max_new_tokens: int = 40,
-    seed: int = 0,
-    batch_size: int = 256,
-    out: str | Path | None = None,
-    progress: bool = True,
+    sampling: Sampling = SAMPLING,
+    judges: Panel | None = None,
+    work: Work = Work(),
 ) -> pd.DataFrame:
-    """Return a row for each key, factor and instruction, with the answer and its three scores, 0 to 2.
+    """Return a row for each arm and instruction: factor (the arm's scale), answer, its three scores (0 to 2), the arm's labels.
 
-    arms: for each key, whose first part is the topic, one arm a factor. prefix: text put before the instruction for some
-    keys (prompting); the judges see the plain instruction. Sampling is AxBench's: chat template (plain text for a model
-    without one), temperature 1.
+    arms: each with the label `topic`, which its answers are judged for, and whatever else tells it apart (method, layer,
+    feature). prefix: by topic, text put before the instruction (prompting); the judges, offline by
+    default, see the plain instruction. Sampling is
+    AxBench's: chat template (plain text for a model without one), temperature 1; the tokens that end a text are added.
+    Batches of 256 rows unless work says so. Raises ValueError for an arm without a topic.
+
+    >>> steer(lab, [Arm("SAE", Boost(13, sae, 5, 2.0), 2.0, {"topic": "love"})], ["Name a fruit."])      # doctest: +SKIP
     """
-    settings = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size, "progress": progress}
-    settings["chat"] = bool(loaded.tokenizer.chat_template)
-    settings |= {"stop": stop_tokens(loaded.tokenizer, loaded.hf), "window": window}
-    keys, prefix = list(arms), prefix or {}
-    tables = []
-    for put in sorted({prefix.get(key, "") for key in keys}):
-        mine = [key for key in keys if prefix.get(key, "") == put]
-        named = [replace(arm, name=str(keys.index(key))) for key in mine for arm in arms[key]]
+    lost = [arm.name for arm in arms if "topic" not in arm.labels]
+    if lost or not arms:
+        raise ValueError(f"arms: expected at least one, each with a label `topic`, got {len(arms)}, {lost} without: Arm(..., labels=...)")
+    sampling = replace(sampling, stop=(*sampling.stop, *stop_tokens(lab.tokenizer, lab.hf)))
+    settings = {"window": window, "sampling": sampling, "chat": bool(lab.tokenizer.chat_template)}
+    settings["work"] = replace(work, batch_size=work.rows(256))
+    before, tables = [(prefix or {}).get(arm.labels["topic"], "") for arm in arms], []
+    for put in sorted(set(before)):
         asked = {put + instruction: instruction for instruction in instructions}
-        texts = generate(loaded.hf, loaded.tokenizer, list(asked), named, out=out, **settings)
-        tables.append(texts.assign(key=[keys[int(a)] for a in texts.arm], instruction=texts.prompt.map(asked)))
+        texts = generate(lab, list(asked), [arm for arm, text in zip(arms, before) if text == put], **settings)
+        tables.append(texts.assign(instruction=texts.prompt.map(asked)))
     texts = pd.concat(tables, ignore_index=True)
-    answers, asked, related = texts.text.tolist(), texts.instruction.tolist(), related_judge(instructions)
-    texts["fluency"] = 2 * judge_pairs(asked, answers, out=out, progress=progress)
-    texts["instruct"], texts["concept"] = 2 * related(answers, asked), 0.0
-    for topic in {key[0] for key in keys}:
-        mine = np.array([key[0] == topic for key in texts.key])
-        texts.loc[mine, "concept"] = 2 * concept_judge(topic)(texts.text[mine].tolist())
-    return texts.rename(columns={"scale": "factor"})[["key", "factor", "instruction", "text", *SCORES]]
+    judges, seen = judges or panel(), texts.assign(prompt=texts.instruction)
+    mine = {topic: seen[seen.topic == topic] for topic in dict.fromkeys(seen.topic)}
+    told = [(judges.coherence, seen), (judges.instruction, seen), *((judges.concept(t), part) for t, part in mine.items())]
+    fluency, instruct, *concept = judges.score(told, out=work.out, progress=work.progress)
+    texts = texts.assign(concept=2 * pd.concat(concept), instruct=2 * instruct, fluency=2 * fluency)
+    labels = dict.fromkeys(label for arm in arms for label in arm.labels)
+    return texts.rename(columns={"scale": "factor"})[["factor", "instruction", "text", *SCORES, *labels]]
 
 
 def held_out(texts: pd.DataFrame, *, how: str = "texts") -> pd.DataFrame:
-    """Return a row a key: the factor with the best score on every other instruction, and its score on the rest."""
+    """Return a row for each set of labels: the factor with the best score on every other instruction, and its score on the rest."""
+    labels = [name for name in texts if name not in {"factor", "instruction", "text", *SCORES}]
     number = {text: n for n, text in enumerate(dict.fromkeys(texts.instruction))}
     first = texts.instruction.map(number) % 2 == 0
     rows = []
-    for key, part in texts.groupby("key", sort=False):
+    for key, part in texts.groupby(labels, sort=False, dropna=False):
         by = {f: overall(t[SCORES].to_numpy(), how=how) for f, t in part[first[part.index]].groupby("factor")}
         factor = max(by, key=by.get)
         rest = part[~first[part.index] & (part.factor == factor)]
-        rows.append([key, factor, overall(rest[SCORES].to_numpy(), how=how), *rest[SCORES].mean(), len(rest)])
-    return pd.DataFrame(rows, columns=["key", "factor", "score", *SCORES, "n"])
+        rows.append([*key, factor, overall(rest[SCORES].to_numpy(), how=how), *rest[SCORES].mean(), len(rest)])
+    return pd.DataFrame(rows, columns=[*labels, "factor", "score", *SCORES, "n"])

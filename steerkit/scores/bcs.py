@@ -11,60 +11,58 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from steerkit.engine.decode import Sampling
 from steerkit.engine.generate import BASELINE, generate, grid
+from steerkit.engine.lab import Lab
 from steerkit.engine.tokens import stop_tokens
 from steerkit.files import write_table
-from steerkit.judges.coherence import judge_pairs
-from steerkit.judges.concept import concept_judge
+from steerkit.judges import Panel, panel
 from steerkit.stats import Interval, clean, paired_difference
+from steerkit.store import Work
 from steerkit.vectors import SteeringVector
 
 SCALES = tuple(float(s) for s in range(0, 301, 20))
+SAMPLING = Sampling(top_k=50, top_p=0.3, max_new_tokens=30)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """The papers' evaluation: 30 new tokens, top-k 50, top-p 0.3, an end-of-text token stops."""
+    """The papers' evaluation: 30 new tokens, top-k 50, top-p 0.3; where no stop tokens are named, the model's own end a text."""
 
     prompts: tuple[str, ...] = ("I think",)
     scales: tuple[float, ...] = SCALES
     samples: int = 64
-    max_new_tokens: int = 30
-    top_k: int = 50
-    top_p: float = 0.3
-    seed: int = 0
+    sampling: Sampling = SAMPLING
 
 
 def sweep(
-    loaded,
+    lab: Lab,
     by_topic: Mapping[str, Sequence[SteeringVector]],
     shared: Sequence[SteeringVector] = (),
     *,
     protocol: Protocol = Protocol(),
-    out: str | Path | None = None,
-    batch_size: int = 64,
-    progress: bool = True,
+    judges: Panel | None = None,
+    work: Work = Work(),
 ) -> pd.DataFrame:
     """Return a row for each judged text: topic, method, scale, prompt, sample, text, behaviour, coherence.
 
     by_topic: the vectors of each topic, named by method. shared: vectors that aim at no topic (random, -Mb); their texts
     and the unsteered ones are judged for every topic, and the unsteered ones stand for scale 0 of every method. Each
-    distinct text is judged once. With `out` (a .jsonl file, "{key}" in its name) texts and scores resume after an interruption.
+    distinct text is judged once, offline by default. With work.out (a .jsonl file, "{key}" in its name) texts and scores resume
+    after an interruption. Batches of 64 rows unless work says so.
+
+    >>> sweep(lab, {"love": [sae_row(lab.at(13), 2066)]}, work=Work(out="runs/texts-{key}.jsonl"))    # doctest: +SKIP
     """
     scales = [s for s in protocol.scales if s]
-    named = [(f"{topic}/{v.name}", v) for topic, vectors in by_topic.items() for v in vectors]
-    named += [(f"/{v.name}", v) for v in shared]
-    arms = [BASELINE, *(replace(arm, name=label) for label, v in named for arm in grid([v], scales))]
-    settings = {"samples": protocol.samples, "max_new_tokens": protocol.max_new_tokens, "top_k": protocol.top_k, "top_p": protocol.top_p}
-    settings |= {"seed": protocol.seed, "stop": stop_tokens(loaded.tokenizer, loaded.hf), "batch_size": batch_size}
-    texts = generate(loaded.hf, loaded.tokenizer, list(protocol.prompts), arms, out=out, progress=progress, **settings)
-    texts["coherence"] = judge_pairs(texts.prompt.tolist(), texts.text.tolist(), out=out, progress=progress)
-    rows = []
-    for topic in by_topic:
-        mine = texts[texts.arm.str.startswith((f"{topic}/", "/")) | (texts.arm == BASELINE.name)]
-        only = mine.text.drop_duplicates()
-        behaviour = dict(zip(only, concept_judge(topic)(only.tolist())))
-        rows.append(mine.assign(topic=topic, method=mine.arm.str.split("/").str[-1], behaviour=mine.text.map(behaviour)))
+    aims = [(topic, v) for topic, vectors in by_topic.items() for v in vectors] + [(None, v) for v in shared]
+    plain = replace(BASELINE, labels={"topic": None, "method": BASELINE.name})
+    arms = [plain, *(arm for topic, v in aims for arm in grid([v], scales, topic=topic, method=v.name))]
+    sampling = replace(protocol.sampling, stop=protocol.sampling.stop or tuple(stop_tokens(lab.tokenizer, lab.hf)))
+    texts = generate(lab, protocol.prompts, arms, samples=protocol.samples, sampling=sampling, work=work)
+    judges, mine = judges or panel(), {topic: texts[(texts.topic == topic) | texts.topic.isna()] for topic in by_topic}
+    asked = [(judges.coherence, texts), *((judges.concept(topic), part) for topic, part in mine.items())]
+    coherence, *behaviour = judges.score(asked, out=work.out, progress=work.progress)
+    rows = [part.assign(topic=t, behaviour=found, coherence=coherence) for (t, part), found in zip(mine.items(), behaviour)]
     columns = ["topic", "method", "scale", "prompt", "sample", "text", "behaviour", "coherence"]
     return pd.concat(rows)[columns].sort_values(columns[:5], ignore_index=True)
 

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from steerkit.engine.lab import Place
 from steerkit.engine.losses import steered_token_losses
 from steerkit.engine.packed import packed_linears
 from steerkit.engine.steer import Add, check_edits
@@ -23,66 +24,66 @@ from steerkit.progress import bar
 from steerkit.questions import Question
 from steerkit.questions.correct import LETTERS
 from steerkit.stats import Interval, bootstrap
+from steerkit.store import Work
 
 COLUMNS = ["sentence_good", "sentence_bad", "field", "UID"]
 FILES = {".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet"}
+QUIET = Work(progress=False)
 
 
 @torch.inference_mode()
 def _summed_losses(
-    model, tokenizer, texts, vectors, scales, *, layer: int, batch_size: int, max_tokens: int, progress: bool
+    at: Place, texts, vectors, scales, *, rows: int, max_tokens: int, progress: bool
 ) -> tuple[Float[np.ndarray, "n scales texts"], Int[np.ndarray, " texts"]]:
-    """Return each text's loss summed over its predicted tokens, in nats, and the number of those."""
+    """Return each text's loss summed over its predicted tokens, in nats, and the number of those; `rows` run together."""
     texts, vectors, scales = strings("texts", texts), tensor("vectors", vectors), tensor("scales", scales)
     if not texts or not len(vectors) or not len(scales):
         raise ValueError(f"expected a text, a vector and a scale at least, got {len(texts)}, {len(vectors)} and {len(scales)}")
-    scales = scales.to(vectors.device, torch.float32)
-    steps = torch.einsum("nd,s->nsd", vectors.float(), scales).flatten(0, 1).to(model.device)
-    check_edits(model, [Add(layer, steps)])
+    device, scales = at.model.device, scales.to(vectors.device, torch.float32)
+    steps = torch.einsum("nd,s->nsd", vectors.float(), scales).flatten(0, 1).to(device)
+    check_edits(at.model, [Add(at.layer, steps)])
     steps, same = torch.unique(steps, dim=0, return_inverse=True)  # scale 0 runs once for all vectors
     order = np.array(sorted(range(len(texts)), key=lambda i: len(texts[i])))  # texts of like length share a batch: few pads
-    rows, at = max(1, batch_size // len(steps)), 0
-    totals, count = np.zeros((len(steps), len(texts))), np.zeros(len(texts), dtype=int)
-    batches = token_batches(tokenizer, [texts[i] for i in order], batch_size=rows, max_tokens=max_tokens)
-    with packed_linears(model):
+    totals, count, done = np.zeros((len(steps), len(texts))), np.zeros(len(texts), dtype=int), 0
+    size = max(1, rows // len(steps))
+    batches = token_batches(at.tokenizer, [texts[i] for i in order], batch_size=size, max_tokens=max_tokens)
+    with packed_linears(at.model):
         for ids, mask in bar(batches, "losses", "batch", show=progress):
-            where, at = order[at : at + len(ids)], at + len(ids)
+            where, done = order[done : done + len(ids)], done + len(ids)
             count[where] = mask.sum(1).numpy() - 1
             if short := [texts[i] for i in where if count[i] < 1]:
                 raise ValueError(f"texts: expected at least two tokens each (beginning-of-text counts), got {short[0]!r}")
-            ids, mask = ids.to(model.device), mask.to(model.device)
-            resid = residuals(model, ids, mask, layers=[layer])[layer]
-            for part, losses in steered_token_losses(model, ids, resid, steps, layer=layer, batch_size=batch_size):
+            ids, mask = ids.to(device), mask.to(device)
+            resid = residuals(at.model, ids, mask, layers=[at.layer])[at.layer]
+            for part, losses in steered_token_losses(at.model, ids, resid, steps, layer=at.layer, batch_size=rows):
                 losses = losses.masked_fill(mask[:, 1:] == 0, 0.0)  # pads are on the right, where causal attention never looks
                 totals[np.ix_(part.numpy(), where)] = losses.cpu().double().sum(-1).numpy()
     return totals[same.cpu().numpy()].reshape(len(vectors), len(scales), len(texts)), count
 
 
 def steered_losses(
-    model: nn.Module,
-    tokenizer,
+    at: Place,
     texts: Sequence[str],
     vectors: Float[Tensor, "n d_model"],
     scales: Sequence[float] | Float[Tensor, " scales"],
     *,
-    layer: int,
-    batch_size: int = 32,
     max_tokens: int = 128,
-    progress: bool = False,
+    work: Work = QUIET,
 ) -> Float[np.ndarray, "n scales texts"]:
-    """Return each text's mean next-token loss, in nats, with scale x vector added at every position after block `layer`.
+    """Return each text's mean next-token loss, in nats, with scale x vector added at every position of the place.
 
     loss = mean over t >= 1 of -log p(x_t | x_<t; h + s v), with the beginning-of-text token as x_0 where there is one. Every
     vector is taken at every scale, as it is: pass unit vectors for scales in residual units. Scale 0 is the unsteered model.
-    Texts are cut to `max_tokens`; pads never count. batch_size: rows (text x vector x scale) that run together.
+    Texts are cut to `max_tokens`; pads never count. work: 32 rows (text x vector x scale) run together by default; nothing is
+    kept on disk.
 
-    Raises ValueError for no texts, a text without a second token, or vectors that do not fit the model and layer.
+    Raises ValueError for no texts, a text without a second token, or vectors that do not fit the model.
 
-    >>> steered_losses(model, tokenizer, texts, vectors, [0.0, 40.0], layer=13).shape    # doctest: +SKIP
+    >>> steered_losses(lab.at(13), texts, vectors, [0.0, 40.0]).shape    # doctest: +SKIP
     (5, 2, 100)
     """
-    options = {"layer": layer, "batch_size": batch_size, "max_tokens": max_tokens, "progress": progress}
-    totals, count = _summed_losses(model, tokenizer, texts, vectors, scales, **options)
+    how = {"rows": work.rows(32), "max_tokens": max_tokens, "progress": work.progress}
+    totals, count = _summed_losses(at, texts, vectors, scales, **how)
     return totals / count
 
 
@@ -151,54 +152,44 @@ def minimal_pairs(source: str | Path, *, per_uid: int | None = None, seed: int =
 
 
 def prefers_good(
-    model: nn.Module,
-    tokenizer,
+    at: Place,
     pairs: pd.DataFrame,
     vectors: Float[Tensor, "n d_model"],
     scales: Sequence[float] | Float[Tensor, " scales"],
-    *,
-    layer: int,
-    batch_size: int = 64,
-    progress: bool = False,
+    work: Work = QUIET,
 ) -> Bool[np.ndarray, "n scales pairs"]:
     """Tell for every pair whether the steered model gives the good sentence the higher total log-probability.
 
-    good if sum_t log p(good_t | good_<t; h + s v) > the same sum of the bad sentence; a tie is not. Steering and batches as in
-    `steered_losses`; sentences are not cut. Without a beginning-of-text token a sentence's first token has no probability.
-    The share is the mean over pairs; for its interval, draw whole UIDs.
+    good if sum_t log p(good_t | good_<t; h + s v) > the same sum of the bad sentence; a tie is not. Steering and work as in
+    `steered_losses`, with 64 rows together; sentences are not cut. Without a beginning-of-text token a sentence's first token
+    has no probability. The share is the mean over pairs; for its interval, draw whole UIDs.
 
-    >>> good = prefers_good(model, tokenizer, pairs, vectors, [0.0, 40.0], layer=13)    # doctest: +SKIP
-    >>> bootstrap(good[0, 1], groups=pairs.UID)                                         # doctest: +SKIP
+    >>> good = prefers_good(lab.at(13), pairs, vectors, [0.0, 40.0])    # doctest: +SKIP
+    >>> bootstrap(good[0, 1], groups=pairs.UID)                         # doctest: +SKIP
     """
     texts = [*pairs.sentence_good, *pairs.sentence_bad]
-    options = {"layer": layer, "batch_size": batch_size, "max_tokens": sys.maxsize, "progress": progress}
-    totals, _ = _summed_losses(model, tokenizer, texts, vectors, scales, **options)
+    totals, _ = _summed_losses(at, texts, vectors, scales, rows=work.rows(64), max_tokens=sys.maxsize, progress=work.progress)
     return totals[..., : len(pairs)] < totals[..., len(pairs) :]
 
 
 def chooses_right(
-    model: nn.Module,
-    tokenizer,
+    at: Place,
     questions: Sequence[Question],
     vectors: Float[Tensor, "n d_model"],
     scales: Sequence[float] | Float[Tensor, " scales"],
-    *,
-    layer: int,
-    batch_size: int = 64,
-    progress: bool = False,
+    work: Work = QUIET,
 ) -> Bool[np.ndarray, "n scales questions"]:
     """Tell for every multiple-choice question (MMLU) whether the steered model gives the right letter the highest probability.
 
-    right if argmax over letters of log p(" A" | prompt; h + s v) is the gold one. Steering and batches as in `steered_losses`;
-    prompts are not cut. Raises ValueError for questions that differ in their number of choices.
+    right if argmax over letters of log p(" A" | prompt; h + s v) is the gold one. Steering and work as in `steered_losses`,
+    with 64 rows together; prompts are not cut. Raises ValueError for questions that differ in their number of choices.
 
-    >>> right = chooses_right(model, tokenizer, load("mmlu").parts["test"][:500], vectors, [0.0, 40.0], layer=13)  # doctest: +SKIP
+    >>> right = chooses_right(lab.at(13), load("mmlu").parts["test"][:500], vectors, [0.0, 40.0])  # doctest: +SKIP
     """
     if len(options := {len(q.choices) for q in questions}) != 1:
         raise ValueError(f"questions: expected one number of choices, got {sorted(options)}")
     letters = LETTERS[: options.pop()]
     texts = [f"{q.prompt} {letter}" for q in questions for letter in letters]
-    how = {"layer": layer, "batch_size": batch_size, "max_tokens": sys.maxsize, "progress": progress}
-    totals, _ = _summed_losses(model, tokenizer, texts, vectors, scales, **how)
+    totals, _ = _summed_losses(at, texts, vectors, scales, rows=work.rows(64), max_tokens=sys.maxsize, progress=work.progress)
     best = totals.reshape(*totals.shape[:2], len(questions), len(letters)).argmin(-1)
     return best == np.array([letters.index(q.gold) for q in questions])

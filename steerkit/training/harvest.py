@@ -182,7 +182,7 @@ def harvest(
     *,
     layers: Sequence[int],
     special: Sequence[int],
-    outlier: float = 10.0,
+    outlier: float,
     batch_size: int = 16,
     exact: bool = False,
 ) -> Block:

@@ -1,4 +1,4 @@
-"""Train sparse autoencoders for a preset, all layers in one pass over the text: `python -m steerkit.training.train`."""
+"""Train sparse autoencoders of many layers in one pass over the text, and save them for use (`recipes.saes`)."""
 
 import json
 import logging
@@ -16,10 +16,11 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from steerkit.engine.cpu import native_bfloat16
-from steerkit.files import cache_dir, write_atomic
+from steerkit.feature_cards import describe
+from steerkit.files import write_atomic
 from steerkit.models.jumprelu import JumpReLU
 from steerkit.training.batch_topk import BatchTopK
-from steerkit.training.harvest import Recipe, Sae, Stream, compiled
+from steerkit.training.harvest import Recipe, Stream, compiled
 
 log = logging.getLogger(__name__)
 
@@ -148,54 +149,18 @@ def l0_threshold(state: dict[str, Tensor], acts: Float[Tensor, "tokens d_model"]
     return float(best[-1])
 
 
-def make(model, tokenizer, dataset: str, recipe: Recipe, work: Path, out: Path, *, fast: bool = False, batch_size: int = 16) -> list[Path]:
-    """Run the whole recipe: train, save, describe; resumes from `work`. Returns one folder a layer. fast: compile the model."""
-    from steerkit.training.quality import describe
-
-    stream = Stream(model, tokenizer, dataset, recipe, batch_size)
+def make(stream: Stream, checkpoint: Path, out: Path, *, fast: bool = False) -> list[Path]:
+    """Run the whole recipe of `stream`: train, save, describe; goes on from `checkpoint`. Returns one folder an SAE. fast: compile."""
+    recipe, model = stream.recipe, stream.model
     with compiled(model) if fast else nullcontext():
-        weights = train(stream, work / "checkpoint.safetensors")
+        weights = train(stream, checkpoint)
         first = stream.block(0)
-    folders = []
+    folders, about = [], {"dataset": Path(stream.dataset).name, "sources": stream.sources}
     for name, one in recipe.named.items():
-        acts, about = first.acts[one.layer], {"dataset": Path(dataset).name}
-        folder = export(
-            weights[name], out / name, layer=one.layer, recipe=recipe, acts=acts[:20_000], metadata=about | {"sources": stream.sources}
-        )
-        sae = JumpReLU(folder, model.device)
+        acts = first.acts[one.layer]
+        folder = export(weights[name], out / name, layer=one.layer, recipe=recipe, acts=acts[:20_000], metadata=about)
         pieces, ids, owners = (x.split(16384) for x in (acts, first.ids, first.owner))
+        sae = JumpReLU(folder, model.device)
         describe(sae, pieces, ids, folder / "features.safetensors", owners=owners, source_of=stream.source_of)
         folders.append(folder)
     return folders
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Train SAEs for a preset: `python -m steerkit.training.train smollm2-135m --dataset PATH_OR_HUB_ID --out FOLDER --saes 3 13:8192`."""
-    import argparse
-
-    from steerkit.models.lab import load_model, preset
-
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("preset")
-    parser.add_argument("--dataset", required=True, help="hub data set id, folder, or .jsonl(.gz)/.parquet file with text or messages")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=cache_dir() / "train", help="the checkpoint; a second call resumes from it")
-    parser.add_argument(
-        "--saes", type=Sae.parse, nargs="+", default=[Sae(n) for n in (3, 8, 13, 18, 23, 28)], help="LAYER[:FEATURES][:lr=...] ..."
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", action="store_true", help="twice the speed after a minute; needs a C++ compiler on a CPU")
-    parser.add_argument("--llm-batch", type=int, default=16, help="rows in a forward pass")
-    names = ("tokens", "epochs", "k", "batch", "warm_up", "doc_tokens", "block_rows", "seed")
-    for name in names:
-        default = Recipe.__dataclass_fields__[name].default
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    recipe = Recipe(tuple(args.saes), **{name: getattr(args, name) for name in names})
-    model, tokenizer = load_model(preset(args.preset), device=args.device)
-    make(model, tokenizer, args.dataset, recipe, args.work, args.out, fast=args.compile, batch_size=args.llm_batch)
-
-
-if __name__ == "__main__":
-    main()

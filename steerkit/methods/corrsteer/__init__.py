@@ -1,0 +1,14 @@
+"""CorrSteer: features that go along with right answers, chosen by correlation, steered and compared with rivals."""
+
+from steerkit.lazy import lazily
+
+MODULES = {
+    "correlation": "steerkit.methods.corrsteer.correlation",
+    "experiment": "steerkit.methods.corrsteer.experiment",
+    "lora": "steerkit.methods.corrsteer.lora",
+    "nulls": "steerkit.methods.corrsteer.nulls",
+    "pooled": "steerkit.methods.corrsteer.pooled",
+    "pooling": "steerkit.methods.corrsteer.pooling",
+    "select": "steerkit.methods.corrsteer.select",
+}
+__getattr__, __dir__ = lazily(__name__, MODULES)

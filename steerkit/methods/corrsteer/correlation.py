@@ -4,20 +4,14 @@ Samples are rows: z [n, d] holds one pooled activation a feature, y [n] the outc
 tensors or arrays, and z may be a scipy sparse matrix.
 """
 
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-from safetensors.numpy import save as to_bytes
 from scipy import sparse
-
-from steerkit.files import write_atomic
+from scipy.special import rel_entr
 
 FLOOR = 1e-12  # of a variance, as released
-RUNNING = ("edges", "mean_x", "m2_x", "c_xy", "mean_y", "m2_y")  # what does not simply add up
 # Right ends of the bins of mutual information. "released": the released list carries 1.0 again after 5.62. torch.bucketize
 # searches it by halves and never stops at that entry, so the bins are those of the 21 sorted edges below: no bin for
 # exact zeros, none above 5.62. "log": zeros apart, then four bins a decade from 1e-4 to 1e4.
@@ -40,9 +34,9 @@ def array(values, name: str, ndim: int) -> Float[np.ndarray, "..."]:
 
 @dataclass
 class Correlation:
-    """Sufficient statistics of d features against an outcome; batches and shards add up in any order (paper: Algorithm 1).
+    """Sufficient statistics of d features against an outcome; batches add up in any order (paper: Algorithm 1).
 
-    r_i = Cov(z_i, y) / sqrt(Var(z_i) Var(y)), from running means, squares M2 and co-moments C in float64; merging is
+    r_i = Cov(z_i, y) / sqrt(Var(z_i) Var(y)), from running means, squares M2 and co-moments C in float64; a batch joins by
     Chan's formula: C = C_a + C_b + (mean_a - mean_b)(y_a - y_b) n_a n_b / n. The released code sums powers; both agree to
     1e-10. Memory is O(d), whatever n. `steer_*` sums belong to the pooling that gives coefficients (released: steer_pool).
 
@@ -102,50 +96,26 @@ class Correlation:
             raise ValueError(f"expected z and steer [{len(y)}, {len(self.mean_x)}], got {z.shape} and {w.shape}")
         if len(y) == 0:
             return
-        one, zero = (y > 0).astype(float), (y <= 0).astype(float)
-        mean = z.mean(0)
-        dz, dy, fires = z - mean, y - y.mean(), (z > 0).astype(float)
-        positive = w[y > 0]
-        batch = Correlation(
-            self.edges,
-            mean,
-            np.einsum("nd,nd->d", dz, dz),
-            dy @ dz,
-            float(y.mean()),
-            float(dy @ dy),
-            int(one.sum()),
-            int(zero.sum()),
-            (one @ fires).astype(np.int64),
-            (zero @ fires).astype(np.int64),
-            one @ w,
-            zero @ w,
-            one @ w**2,
-            zero @ w**2,
-            positive.clip(0).sum(0),
-            (positive > 0).sum(0),
-            _histogram(z, y > 0, self.edges, self.histogram.shape),
-        )
-        self._absorb(batch)
-
-    def merge(self, other: "Correlation") -> "Correlation":
-        """Return the statistics of both sets of samples; ValueError for another width or other edges."""
-        if self.mean_x.shape != other.mean_x.shape or not np.array_equal(self.edges, other.edges):
-            raise ValueError(f"expected statistics of {len(self.mean_x)} features and the same edges, got {len(other.mean_x)} features")
-        total = Correlation.empty(len(self.mean_x), edges=self.edges if len(self.edges) else None)
-        total._absorb(self)
-        total._absorb(other)
-        return total
-
-    def _absorb(self, b: "Correlation") -> None:
-        if b.n == 0:
-            return
-        share, both = b.n / (self.n + b.n), self.n * b.n / (self.n + b.n)
-        dx, dy = b.mean_x - self.mean_x, b.mean_y - self.mean_y
-        self.mean_x, self.mean_y = self.mean_x + share * dx, self.mean_y + share * dy
-        self.m2_x, self.m2_y = self.m2_x + b.m2_x + both * dx**2, self.m2_y + b.m2_y + both * dy**2
-        self.c_xy = self.c_xy + b.c_xy + both * dx * dy
-        for name in (f.name for f in fields(self) if f.name not in RUNNING):
-            setattr(self, name, getattr(self, name) + getattr(b, name))
+        right, mean_x, mean_y = y > 0, z.mean(0), float(y.mean())
+        one, zero, fires = right.astype(float), (~right).astype(float), (z > 0).astype(float)
+        dz, dy, positive = z - mean_x, y - mean_y, w[right]
+        share, both = len(y) / (self.n + len(y)), self.n * len(y) / (self.n + len(y))
+        gap_x, gap_y = mean_x - self.mean_x, mean_y - self.mean_y
+        self.mean_x, self.mean_y = self.mean_x + share * gap_x, self.mean_y + share * gap_y
+        self.m2_x = self.m2_x + np.einsum("nd,nd->d", dz, dz) + both * gap_x**2
+        self.m2_y = self.m2_y + float(dy @ dy) + both * gap_y**2
+        self.c_xy = self.c_xy + dy @ dz + both * gap_x * gap_y
+        self.n_pos += int(right.sum())
+        self.n_neg += int((~right).sum())
+        self.fired_pos += (one @ fires).astype(np.int64)
+        self.fired_neg += (zero @ fires).astype(np.int64)
+        self.steer_pos += one @ w
+        self.steer_neg += zero @ w
+        self.square_pos += one @ w**2
+        self.square_neg += zero @ w**2
+        self.firing_pos += positive.clip(0).sum(0)
+        self.firing_count += (positive > 0).sum(0)
+        self.histogram += _histogram(z, right, self.edges, self.histogram.shape)
 
     def r(self) -> Float[np.ndarray, " d"]:
         """Return Pearson's r (population form) with variances floored at 1e-12: 0 for a dead feature or a constant outcome."""
@@ -170,22 +140,7 @@ class Correlation:
         if not len(self.edges):
             raise ValueError('edges: expected bins for mutual information, got none: start with edges="log"')
         joint = self.histogram / max(self.n, 1)
-        independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-        return (joint * np.log(np.where(joint > 0, joint, 1) / np.where(joint > 0, independent, 1))).sum((0, 1))
-
-    def save(self, path: str | Path) -> Path:
-        """Write a safetensors file."""
-        tensors = {f.name: np.ascontiguousarray(getattr(self, f.name)) for f in fields(self)}
-        return write_atomic(path, to_bytes(tensors, {"steerkit": "correlation"}))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Correlation":
-        """Read what `save` wrote; ValueError for another file."""
-        try:
-            found = load_file(path)
-            return cls(**{f.name: found[f.name].item() if f.type in (int, float) else found[f.name] for f in fields(cls)})
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: expected statistics written by Correlation.save, got {error}: make them again") from error
+        return rel_entr(joint, joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)).sum((0, 1))
 
 
 def pearson(c_xy, m2_x, m2_y, n) -> Float[np.ndarray, "..."]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from steerkit.engine.lab import Lab
 from steerkit.engine.tokens import closing_tokens, prompt_ids
 from steerkit.progress import bar
 from steerkit.questions import Question
@@ -21,8 +22,7 @@ def target(question: Question) -> str:
 
 @contextmanager
 def lora(
-    model: nn.Module,
-    tokenizer,
+    lab: Lab,
     questions: Sequence[Question],
     *,
     chat: bool = False,
@@ -31,50 +31,51 @@ def lora(
     epochs: float = 1.0,
     batch_size: int = 8,
     seed: int = 0,
-    progress: bool = True,
-) -> Iterator[nn.Module]:
-    """Fine-tune the model with LoRA on (prompt, answer, end of text) while the context is open; the loss is on answer and end alone.
+) -> Iterator[Lab]:
+    """Fine-tune the lab's model with LoRA on (prompt, answer, end of text) while the context is open; the loss is on answer and end alone.
 
     AdamW with 3 % warm-up, cosine decay, weight decay 0.01 and gradients clipped at 1, as the released fine-tuning, which
     trains all weights (lr 1e-5). Adapters sit on all linear layers of the blocks, in the model itself: no copy of it is made, its
     weights are never written, and it is what it was when the context ends.
     Raises ValueError for no questions. Source: Hu et al., arXiv 2106.09685, through peft.
 
-    >>> with lora(model, tokenizer, questions, epochs=1) as tuned:      # doctest: +SKIP
-    ...     answers = generate(tuned, tokenizer, prompts)
+    >>> with lora(lab, questions, epochs=1) as tuned:      # doctest: +SKIP
+    ...     answers = generate(tuned, prompts)
     """
     from peft import LoraConfig, get_peft_model
 
     if not questions:
         raise ValueError("expected at least one question to learn from, got none")
+    model, tokenizer = lab.hf, lab.tokenizer
     end = closing_tokens(tokenizer, model, chat=chat)
     rows = [_row(tokenizer, question, chat, end) for question in questions]
     rng, steps = np.random.default_rng(seed), max(1, round(epochs * len(rows) / batch_size))
     order = [i for _ in range(int(np.ceil(epochs)) + 1) for i in _epoch(rows, rng, 16 * batch_size)]
+    batches = [[rows[i] for i in order[step * batch_size : (step + 1) * batch_size]] for step in range(steps)]
     learns = {name: p.requires_grad for name, p in model.named_parameters()}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         adapted = get_peft_model(model, config)
     try:
-        _learn(adapted.train(), rows, order, steps, lr=lr, batch_size=batch_size, pad=tokenizer.pad_token_id or 0, progress=progress)
-        yield model.eval()
+        _learn(adapted.train(), batches, lr, tokenizer.pad_token_id or 0)
+        model.eval()
+        yield lab
     finally:
         adapted.unload().eval()
         for name, p in model.named_parameters():
             p.requires_grad_(learns[name])
 
 
-def _learn(model: nn.Module, rows, order: Sequence[int], steps: int, *, lr: float, batch_size: int, pad: int, progress: bool) -> None:
-    """Train the parameters that want gradients."""
+def _learn(model: nn.Module, batches: Sequence[Sequence[tuple[list[int], int]]], lr: float, pad: int) -> None:
+    """Train the parameters that want gradients, a step a batch."""
     from transformers import get_cosine_schedule_with_warmup
 
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights, steps = [p for p in model.parameters() if p.requires_grad], len(batches)
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(0.03 * steps)), steps)
-    for step in bar(range(steps), "fine-tune", "step", show=progress):
-        ids, mask, labels = _padded([rows[i] for i in order[step * batch_size : (step + 1) * batch_size]], pad)
-        ids, mask, labels = (part.to(model.device) for part in (ids, mask, labels))
+    for batch in bar(batches, "fine-tune", "step"):
+        ids, mask, labels = (part.to(model.device) for part in _padded(batch, pad))
         told = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]  # positions that predict an answer: no logits of the others
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=told).logits
         loss = cross_entropy(logits.float().flatten(0, 1), labels[:, told + 1].flatten())

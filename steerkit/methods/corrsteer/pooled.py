@@ -1,18 +1,17 @@
 """Pooled features of many samples, kept sparse: correlations, nulls, subsets and bootstraps read them again for little."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as to_bytes
 from scipy.sparse import csr_array, vstack
+from torch import Tensor
 
-from steerkit.files import write_atomic
 from steerkit.methods.corrsteer.correlation import Correlation
+
+POOLS = ("max", "mean")
 
 
 @dataclass(frozen=True)
@@ -32,17 +31,15 @@ class Pooled:
     def z(self, layer: int, pool: str = "max") -> csr_array:
         """Return the pooled features of a layer, [n, d]; ValueError for a layer or pooling that is not there."""
         if pool not in self.features.get(layer, {}):
-            raise ValueError(f"expected a layer of {sorted(self.features)} and a pooling of max, mean; got {layer} and {pool!r}")
+            raise ValueError(f"expected a layer of {sorted(self.features)} and a pooling of {', '.join(POOLS)}; got {layer} and {pool!r}")
         return self.features[layer][pool]
 
-    def correlation(
-        self, layer: int, y, *, pool: str = "max", steer_pool: str = "max", rows=slice(None), edges="log", batch: int = 512
-    ) -> Correlation:
-        """Return the statistics of a layer against the outcomes y [n]; rows: a selection, repeats allowed.
+    def correlation(self, layer: int, y, *, pool: str = "max", steer_pool: str = "max", edges="log", batch: int = 512) -> Correlation:
+        """Return the statistics of a layer against the outcomes y [n], `batch` samples at a time.
 
         pool feeds r, steer_pool the coefficients; released: max for both, and mean for both on GSM8K.
         """
-        z, w, y = self.z(layer, pool)[rows], self.z(layer, steer_pool)[rows], np.asarray(y)[rows]
+        z, w, y = self.z(layer, pool), self.z(layer, steer_pool), np.asarray(y)
         found = Correlation.empty(z.shape[1], edges=edges)
         for at in range(0, max(z.shape[0], len(y)), batch):
             part = slice(at, at + batch)
@@ -50,7 +47,7 @@ class Pooled:
         return found
 
     def take(self, rows: Sequence[int] | Int[np.ndarray, " m"]) -> "Pooled":
-        """Return a selection of samples, in the order given."""
+        """Return a selection of samples, in the order given; repeats are allowed."""
         rows = np.asarray(rows, dtype=np.int64)
         features = {layer: {pool: z[rows] for pool, z in pools.items()} for layer, pools in self.features.items()}
         return Pooled([self.tokens[i] for i in rows], self.window[rows], features)
@@ -58,40 +55,31 @@ class Pooled:
     @classmethod
     def join(cls, parts: Sequence["Pooled"]) -> "Pooled":
         """Return the samples of all parts, one after the other."""
-        features = {
-            layer: {pool: vstack([p.z(layer, pool) for p in parts], format="csr") for pool in pools}
-            for layer, pools in parts[0].features.items()
-        }
+        features = {layer: {pool: vstack([p.z(layer, pool) for p in parts], format="csr") for pool in POOLS} for layer in parts[0].features}
         return cls([t for p in parts for t in p.tokens], np.concatenate([p.window for p in parts]), features)
 
-    def save(self, path: str | Path, *, key: str = "") -> Path:
-        """Write a safetensors file: tokens, windows, and for each layer one sparsity pattern with its max and mean values."""
-        tensors = {"window": self.window, "lengths": np.array([len(t) for t in self.tokens], dtype=np.int64)}
-        tensors["tokens"] = np.array([i for t in self.tokens for i in t], dtype=np.int32)
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what `of` makes the same samples from: tokens, windows, and a layer's one sparsity pattern with its values."""
+        found = {"window": self.window, "lengths": np.array([len(t) for t in self.tokens], dtype=np.int64)}
+        found["tokens"] = np.array([i for t in self.tokens for i in t], dtype=np.int32)
+        found["layers"] = np.array(list(self.features), dtype=np.int64)
+        found["widths"] = np.array([pools["max"].shape[1] for pools in self.features.values()], dtype=np.int64)
         for layer, pools in self.features.items():
-            z = pools["max"]
-            tensors |= {f"{layer}.indptr": z.indptr.astype(np.int64), f"{layer}.indices": z.indices.astype(np.int32)}
-            tensors |= {f"{layer}.{pool}": values.data for pool, values in pools.items()}
-        about = {"key": key, "d": {layer: pools["max"].shape[1] for layer, pools in self.features.items()}}
-        return write_atomic(path, to_bytes(tensors, {"pooled": json.dumps(about)}))
+            found[f"{layer}.indptr"] = pools["max"].indptr.astype(np.int64)
+            found[f"{layer}.indices"] = pools["max"].indices.astype(np.int32)
+            found |= {f"{layer}.{pool}": pools[pool].data for pool in POOLS}
+        return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in found.items()}
 
     @classmethod
-    def load(cls, path: str | Path, *, key: str | None = None) -> "Pooled":
-        """Read what `save` wrote; ValueError for another file, or for the file of another run where a key is given."""
-        try:
-            with safe_open(path, "np") as file:
-                about = json.loads((file.metadata() or {})["pooled"])
-                found = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: expected pooled features written by Pooled.save, got {error}: delete it") from error
-        if key is not None and about["key"] != key:
-            raise ValueError(f"{path} holds another run (key {about['key']}, this one is {key}): delete it or choose another `out`")
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Pooled":
+        """Return the samples that `tensors` came from."""
+        found = {name: values.numpy() for name, values in tensors.items()}
         n, ends = len(found["window"]), np.cumsum(found["lengths"])[:-1]
         features = {
-            int(layer): {
+            layer: {
                 pool: csr_array((found[f"{layer}.{pool}"], found[f"{layer}.indices"], found[f"{layer}.indptr"]), shape=(n, d))
-                for pool in ("max", "mean")
+                for pool in POOLS
             }
-            for layer, d in about["d"].items()
+            for layer, d in zip(found["layers"].tolist(), found["widths"].tolist())
         }
         return cls([part.tolist() for part in np.split(found["tokens"], ends)], found["window"], features)

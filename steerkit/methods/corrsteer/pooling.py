@@ -1,24 +1,23 @@
 """One greedy pass that gives texts and SAE features pooled over the positions that predict them (CorrSteer, arXiv 2508.12535)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.sparse import csr_array
-from torch import Tensor, nn
+from torch import Tensor
 
 from steerkit.engine.decode import Sampling, Watch, decode
+from steerkit.engine.lab import Lab
 from steerkit.engine.memory import halving
 from steerkit.engine.packed import packed_encode
-from steerkit.engine.steer import residual_blocks
 from steerkit.engine.tokens import prompt_ids, stop_tokens
 from steerkit.inputs import strings
 from steerkit.methods.corrsteer.pooled import Pooled
 from steerkit.progress import bar
-from steerkit.store import fingerprint
+from steerkit.store import Parts, Work, fingerprint
 
 SITES = ("post", "pre")
 
@@ -93,64 +92,57 @@ class Pooler:
 
 @torch.inference_mode()
 def pool_generations(
-    model: nn.Module,
-    tokenizer,
+    lab: Lab,
     prompts: Iterable[str],
-    saes: Mapping[int, object],
     *,
-    max_new_tokens: int = 32,
+    saes: Mapping[int, object] | None = None,
+    sampling: Sampling | None = None,
     site: str = "post",
-    stop: Sequence[int] | None = None,
     min_window: int | None = None,
-    batch_size: int = 64,
     chat: bool = False,
-    out: str | Path | None = None,
-    progress: bool = True,
+    work: Work = Work(),
 ) -> tuple[list[str], Pooled]:
     """Complete prompts greedily without steering; return the texts and the pooled features of every layer in `saes`.
 
     z_i = max or mean over t of encode(h_t)_i, t from the last prompt token to the last token that predicts another; the
     step that predicts the end counts only if it is among the first `min_window` (released: 1 for one-token answers, the
-    default there, else 0, so that a text that ends at once has zeros). stop: by default the tokens
-    that end a text of this model (`tokens.stop_tokens`).
-    saes: {layer: SAE, or `Raw` for residual coordinates}. site: "post", or "pre" as released (see `block_of`).
-    With `out`, a folder ("{key}" becomes a hash of the run), finished batches are on disk and the same call carries on.
+    default there, else 0, so that a text that ends at once has zeros).
+    saes: {layer: SAE, or `Raw` for residual coordinates}, by default the lab's. sampling: by default greedy, 32 new tokens, up to
+    what ends a text of this model (`tokens.stop_tokens`). site: "post", or "pre" as released (see `block_of`). Batches of 64 rows
+    unless work says so; work.out is a folder: finished batches are on disk there, and the same call carries on.
 
-    Raises ValueError for settings out of range or an `out` with another run's files.
+    Raises ValueError for a temperature above 0, other settings out of range, or an `out` with another run's files.
 
-    >>> texts, pooled = pool_generations(model, tokenizer, prompts, saes)    # doctest: +SKIP
-    >>> pooled.correlation(13, correct).r().max()                            # doctest: +SKIP
+    >>> texts, pooled = pool_generations(lab, prompts)    # doctest: +SKIP
+    >>> pooled.correlation(13, correct).r().max()         # doctest: +SKIP
     """
-    prompts = strings("prompts", prompts)
-    if not prompts or not saes or batch_size < 1:
-        raise ValueError(f"expected at least one prompt, SAE and batch row, got {len(prompts)}, {len(saes)}, {batch_size}")
-    if bad := [layer for layer in saes if not 0 <= layer < len(residual_blocks(model))]:
-        raise ValueError(f"saes: expected layers 0 to {len(residual_blocks(model)) - 1} for this model, got {bad}")
-    stop = stop_tokens(tokenizer, model) if stop is None else stop
-    min_window = int(max_new_tokens == 1) if min_window is None else min_window
-    sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, stop=tuple(stop))
-    ids = [prompt_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
+    prompts, saes, size = strings("prompts", prompts), dict(lab.saes if saes is None else saes), work.rows(64)
+    sampling = sampling or Sampling(temperature=0.0, stop=tuple(stop_tokens(lab.tokenizer, lab.hf)))
+    if not prompts or not saes:
+        raise ValueError(f"expected at least one prompt and SAE, got {len(prompts)} and {len(saes)}")
+    if sampling.temperature:
+        raise ValueError(f"sampling: expected greedy decoding, as a prompt has one text here, got {sampling}: set temperature=0")
+    for layer in saes:
+        lab.block(layer)
+    min_window = int(sampling.max_new_tokens == 1) if min_window is None else min_window
+    ids = [prompt_ids(lab.tokenizer, prompt, chat=chat) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda r: (len(ids[r]), r))  # rows of like length share a batch
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    key = fingerprint(model, ids, dict(saes), sampling, site, min_window, batch_size) if out else ""
-    folder = Path(str(out).replace("{key}", key)) if out else None
-    parts = []
-    for number, batch in enumerate(bar(batches, "pool", "batch", show=progress)):
-        path = folder / f"batch_{number:05d}.safetensors" if folder else None
-        if path is not None and path.exists():
-            parts.append(Pooled.load(path, key=key))
-            continue
-        do = partial(_batch, model, saes, sampling, site, min_window, tokenizer.pad_token_id or 0)
-        parts.append(Pooled.join(halving(do, [ids[r] for r in batch])))
-        if path is not None:
-            parts[-1].save(path, key=key)
-    pooled = Pooled.join(parts).take(np.argsort(order))
-    return [tokenizer.decode(t) for t in pooled.tokens], pooled
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    key = fingerprint(lab.hf, ids, saes, sampling, site, min_window, size) if work.out else ""
+    kept, found = Parts(work.path(key), key), []
+    do = partial(_batch, lab, saes, sampling, site, min_window)
+    for number, batch in enumerate(bar(batches, "pool", "batch", show=work.progress)):
+        part = kept.get(name := f"batch_{number:05d}")
+        found.append(Pooled.join(halving(do, [ids[r] for r in batch])) if part is None else Pooled.of(part))
+        if part is None:
+            kept.put(name, found[-1].tensors())
+    pooled = Pooled.join(found).take(np.argsort(order))
+    return [lab.tokenizer.decode(t) for t in pooled.tokens], pooled
 
 
-def _batch(model, saes, sampling: Sampling, site: str, min_window: int, pad: int, ids: list[list[int]]) -> Pooled:
+def _batch(lab: Lab, saes, sampling: Sampling, site: str, min_window: int, ids: list[list[int]]) -> Pooled:
     """Decode and pool a batch."""
-    pooler = Pooler(saes, len(ids), site=site, min_window=min_window, device=model.device)
+    pooler = Pooler(saes, len(ids), site=site, min_window=min_window, device=lab.hf.device)
     same = [tuple(i) for i in ids]
-    done = decode(model, ids, [], rows=range(len(ids)), arm=same, shared=same, sampling=sampling, pad=pad, watch=pooler.watch)
+    done = decode(lab.hf, ids, [], rows=range(len(ids)), arm=same, sampling=sampling, watch=pooler.watch)
     return pooler.pooled([d.tokens for d in done])

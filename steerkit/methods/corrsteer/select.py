@@ -49,10 +49,10 @@ def _candidates(c: Correlation, negative: bool, min_fired: int) -> np.ndarray:
     return np.flatnonzero(((c.r() < 0) if negative else (c.r() > 0)) & (c.fired >= min_fired))
 
 
-def _picks(c: Correlation, layer: int, features, score: str, negative: bool, coefficient: str, scale: float) -> list[Pick]:
+def _picks(c: Correlation, layer: int, features, score: str, negative: bool, coefficient: str) -> list[Pick]:
     if not len(features):
         return []
-    r, scores, size = c.r(), _scores(c, score), scale * _coefficients(c, coefficient)
+    r, scores, size = c.r(), _scores(c, score), _coefficients(c, coefficient)
     signed = -np.abs(size) if negative else size
     return [
         Pick(layer, int(i), float(signed[i]), float(r[i]), float(scores[i]), int(c.fired_pos[i]), int(c.fired_neg[i])) for i in features
@@ -68,7 +68,6 @@ def rank(
     negative: bool = False,
     coefficient: str = "positives",
     min_fired: int = 0,
-    scale: float = 1.0,
 ) -> list[Pick]:
     """Return a layer's k best features: those with r > 0 by falling score; fewer, or none, where fewer have r > 0.
 
@@ -76,11 +75,11 @@ def rank(
     coefficient: "positives", mean over y > 0, zeros included (released, also for the rivals); "firing", over those that
     fire (released: --real); "difference", mean(y > 0) - mean(y <= 0) (released: --caacoeff, CAA's own).
     negative: features with r < 0 and coefficient -|c|. min_fired: samples a feature must fire on (ours; 0 as released:
-    with few successes r prefers features that fire on one of them). scale multiplies coefficients. Ties go to the lower index.
+    with few successes r prefers features that fire on one of them). Ties go to the lower index.
     """
     found = _candidates(c, negative, min_fired)
     best = found[np.argsort(-_scores(c, score)[found], kind="stable")[:k]]
-    return _picks(c, layer, best, score, negative, coefficient, scale)
+    return _picks(c, layer, best, score, negative, coefficient)
 
 
 def select(
@@ -116,13 +115,7 @@ def select(
 
 
 def random_features(
-    correlations: Mapping[int, Correlation],
-    *,
-    seed: int = 0,
-    negative: bool = False,
-    min_fired: int = 0,
-    match: Sequence[Pick] = (),
-    scale: float = 1.0,
+    correlations: Mapping[int, Correlation], *, seed: int = 0, min_fired: int = 0, match: Sequence[Pick] = ()
 ) -> list[Pick]:
     """Return one feature a layer drawn uniformly among those with r > 0: the released control, with its own coefficient.
 
@@ -133,11 +126,11 @@ def random_features(
     rng, drawn, wanted = np.random.default_rng(seed), [], {pick.layer: pick for pick in match}
     for layer in sorted(wanted or correlations):
         c, like = correlations[layer], wanted.get(layer)
-        found = _candidates(c, negative, min_fired)
+        found = _candidates(c, False, min_fired)
         found = found if like is None else found[found != like.feature]
         if not len(found):
             continue
-        (pick,) = _picks(c, layer, rng.choice(found, 1), "r", negative, "positives", scale)
+        (pick,) = _picks(c, layer, rng.choice(found, 1), "r", False, "positives")
         drawn.append(pick if like is None else Pick(**vars(pick) | {"coefficient": like.coefficient}))
     return drawn
 
@@ -151,38 +144,27 @@ def edits(picks: Sequence[Pick], saes: Mapping[int, object], *, site: str = "pos
     return [Add(block_of(p.layer, site), saes[p.layer].W_dec[p.feature].detach(), scale * p.coefficient) for p in picks]
 
 
-def arm(name: str, picks: Sequence[Pick], saes: Mapping[int, object], *, site: str = "post", scale: float = 1.0) -> Arm:
-    """Return the selection as an arm of `generate`; give that window="last"."""
-    return Arm(name, tuple(edits(picks, saes, site=site, scale=scale)), scale)
+def arm(name: str, picks: Sequence[Pick], saes: Mapping[int, object], *, site: str = "post", scale: float = 1.0, **labels) -> Arm:
+    """Return the selection as an arm of `generate` with these labels; give that window="last"."""
+    return Arm(name, edits(picks, saes, site=site, scale=scale), scale, labels)
 
 
 @dataclass(frozen=True)
 class SideEffects:
-    """Answers that changed between two runs over n samples: for the worse, for the better, and in all.
+    """Answers that changed between two runs over the same samples: for the worse, for the better, and in all.
 
-    ratio = negative / (negative + positive), the released SER; of_all = negative / changed, the paper's wording, where a
-    wrong answer that became another wrong one counts below the line. nan where nothing changed. gain = accuracy gained.
+    ratio = negative / (negative + positive), the released SER; nan where neither occurs. The paper words it negative / changed, where
+    a wrong answer that became another wrong one counts below the line.
     """
 
     negative: int
     positive: int
     changed: int
-    n: int
 
     @property
     def ratio(self) -> float:
         """The side effect ratio as released."""
         return self.negative / (self.negative + self.positive) if self.negative + self.positive else float("nan")
-
-    @property
-    def of_all(self) -> float:
-        """The side effect ratio as the paper words it."""
-        return self.negative / self.changed if self.changed else float("nan")
-
-    @property
-    def gain(self) -> float:
-        """(positive - negative) / n: the change in accuracy, for rewards of 0 and 1 that depend on the answer alone."""
-        return (self.positive - self.negative) / self.n
 
 
 def ser(before, after, reward_before, reward_after) -> SideEffects:
@@ -197,4 +179,4 @@ def ser(before, after, reward_before, reward_after) -> SideEffects:
     if not len(before) or len({len(before), len(after), len(first), len(second)}) != 1:
         raise ValueError(f"expected answers and rewards of the same samples, got {len(before)}, {len(after)}, {len(first)}, {len(second)}")
     changed = np.array([a != b for a, b in zip(before, after)])
-    return SideEffects(int((changed & (second < first)).sum()), int((changed & (second > first)).sum()), int(changed.sum()), len(changed))
+    return SideEffects(int((changed & (second < first)).sum()), int((changed & (second > first)).sum()), int(changed.sum()))

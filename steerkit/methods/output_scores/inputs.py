@@ -10,6 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from steerkit.engine.lab import Lab
+from steerkit.engine.packed import packed_linears
+from steerkit.features import ordinary_positions, residuals
+
 
 class TopRecords:
     """The k strongest records of each feature: how hard it fired and on which token. At most one record a row of text.
@@ -61,19 +65,15 @@ def input_scores(
 
 
 @torch.inference_mode()
-def collect(
-    model, tokenizer, saes: dict, rows: Iterable[Int[Tensor, " context"]], *, outlier: float = 10.0, k: int = 100, batch_size: int = 16
-) -> dict[int, TopRecords]:
-    """Return each layer's top records over rows of token ids, all layers in one pass; only ordinary positions count."""
-    from steerkit.engine.packed import packed_linears
-    from steerkit.features import ordinary_positions, residuals
-
+def collect(lab: Lab, rows: Iterable[Int[Tensor, " context"]], *, k: int = 100, batch_size: int = 16) -> dict[int, TopRecords]:
+    """Return the top records of the lab's SAEs over rows of token ids, all layers in one pass; only ordinary positions count."""
+    saes, special = dict(lab.saes), lab.tokenizer.all_special_ids
     records = {layer: TopRecords(sae.W_dec.shape[0], k=k) for layer, sae in saes.items()}
-    with packed_linears(model):
+    with packed_linears(lab.hf):
         for ids in _batched(rows, batch_size):
-            ids = ids.to(model.device)
-            resid = residuals(model, ids, layers=list(saes))
-            keep = ordinary_positions(ids, None, resid, special=tokenizer.all_special_ids, outlier=outlier)
+            ids = ids.to(lab.hf.device)
+            resid = residuals(lab.hf, ids, layers=list(saes))
+            keep = ordinary_positions(ids, None, resid, special=special, outlier=lab.preset.outlier)
             for layer, sae in saes.items():
                 records[layer].add(sae.encode(resid[layer].to(sae.dtype)), ids, keep)
     return records

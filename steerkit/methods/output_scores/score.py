@@ -13,14 +13,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from steerkit.engine.lab import Place
 from steerkit.engine.packed import packed_linears
 from steerkit.engine.partial import starting_from
 from steerkit.engine.tokens import prompt_ids
 from steerkit.features import lens_logits, residuals
 from steerkit.files import resolve, shipped
-from steerkit.inputs import number, tensor
+from steerkit.inputs import Number, number, tensor
 
 PROMPT = "From my experience,"  # as released, and behind the published numbers; the text of the paper says "In my experience,"
+LENS = 20  # lens tokens of a feature, and tokens of the token confidence
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class OutputScores:
 
 
 @torch.inference_mode()
-def lens_tokens(model: nn.Module, directions: Float[Tensor, "n d_model"], *, k: int = 20, chunk: int = 512) -> Int[Tensor, "n k"]:
+def lens_tokens(model: nn.Module, directions: Float[Tensor, "n d_model"], *, k: int = LENS, chunk: int = 512) -> Int[Tensor, "n k"]:
     """Return the k tokens that each direction raises most, lm_head(final_norm(W_dec[i])), best first (eqs. 3-4).
 
     The model's final norm is applied, no soft cap, and raw logits are ranked: probabilities underflow to ties.
@@ -79,52 +81,52 @@ def rank_weighted(
     return (1 - rank / logits.shape[-1]) * p, p, rank
 
 
-def token_confidence(logits: Float[Tensor, "n vocab"], *, k: int = 20, norm: Float[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
+def token_confidence(logits: Float[Tensor, "n vocab"], *, k: int = LENS, norm: Float[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
     """Return C_k, minus the mean log-probability of the k likeliest next tokens (arXiv 2510.03659). norm as in `rank_weighted`."""
     return (logits.logsumexp(-1) if norm is None else norm) - logits.topk(min(k, logits.shape[-1])).values.mean(-1)
 
 
 @torch.inference_mode()
 def output_scores(
-    model: nn.Module,
-    tokenizer,
-    sae,
+    at: Place,
     features: Sequence[int] | Int[Tensor, " n"] | None = None,
     *,
-    layer: int,
-    factor: float = 10.0,
+    factor: Number = 10.0,
     prompt: str = PROMPT,
-    k: int = 20,
     lens: Int[Tensor, "n k"] | None = None,
     subtract: bool = False,
     keep_error: bool = True,
     batch_size: int = 128,
 ) -> OutputScores:
-    """Return S_out of the given features (None: of all), the rank-weighted probability of their lens tokens (eqs. 9-10).
+    """Return S_out of features at a place (None: of all), the rank-weighted probability of their lens tokens (eqs. 9-10).
 
-    At the last token of the prompt x' = x + factor a_max W_dec[i], with a_max the strongest feature there. The released code,
-    and all published scores, are the default. The paper's text differs: prompt "In my experience,", subtract=True (the
-    unsteered P(M) is taken away), keep_error=False (x is replaced by its reconstruction before the push).
+    lens: their lens tokens, where these are known; by default the twenty of `lens_tokens`. At the last token of the prompt
+    x' = x + factor a_max W_dec[i], with a_max the strongest feature there. The released code, and all published scores, are
+    the default. The paper's text differs: prompt "In my experience,", subtract=True (the unsteered P(M) is taken away),
+    keep_error=False (x is replaced by its reconstruction before the push).
 
-    Raises ValueError for features that the SAE lacks or a `lens` of another length.
+    Raises ValueError for features that the SAE lacks, a `lens` of another length, or logits that are not finite.
+
+    >>> output_scores(lab.at(23), [5, 8]).score.shape      # doctest: +SKIP
+    torch.Size([2])
     """
+    model, sae = at.model, at.sae
     n = sae.W_dec.shape[0]
     features = torch.arange(n) if features is None else tensor("features", features).cpu()
     if len(features) and not 0 <= int(features.min()) <= int(features.max()) < n:
         raise ValueError(f"features: expected 0 to {n - 1}, got {int(features.min())} to {int(features.max())}")
     factor = number("factor", factor)
-    lens = lens_tokens(model, sae.W_dec[features], k=k) if lens is None else lens
+    lens = lens_tokens(model, sae.W_dec[features]) if lens is None else lens
     if len(lens) != len(features):
         raise ValueError(f"lens: expected a row for each of {len(features)} features, got {len(lens)}")
-    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
     with packed_linears(model):
-        above = _Above(model, ids, layer)
+        above = _Above(at, prompt)
         x = above.resid
         acts = sae.encode(x[None].to(sae.dtype))[0]
         a_max = float(acts.max())
         start = x if keep_error else sae.decode(acts[None])[0].to(x)
         plain = above.logits(x[None]).float()
-        calm, sure = _unsteered(plain[0], lens.to(x.device)).cpu(), token_confidence(plain, k=k)
+        calm, sure = _unsteered(plain[0], lens.to(x.device)).cpu(), token_confidence(plain)
         found = []
         for part, tokens in zip(features.split(batch_size), lens.split(batch_size)):
             push = factor * a_max * sae.W_dec[part.to(x.device)].to(x)
@@ -135,7 +137,7 @@ def output_scores(
                     "lower the factor, or open the model in float32"
                 )
             norm = logits.logsumexp(-1)
-            confidence = (token_confidence(logits, k=k, norm=norm) - sure).abs()
+            confidence = (token_confidence(logits, norm=norm) - sure).abs()
             found.append([t.cpu() for t in (*rank_weighted(logits, tokens.to(x.device), norm=norm), confidence)])
     score, p, rank, confidence = (torch.cat(column) for column in zip(*found)) if found else (torch.zeros(0),) * 4
     return OutputScores(features, score - calm if subtract else score, p, rank.long(), calm, confidence, a_max)
@@ -149,16 +151,17 @@ def _unsteered(logits: Float[Tensor, " vocab"], lens: Int[Tensor, "n k"]) -> Flo
 
 
 class _Above:
-    """A prompt, ready for many versions of its last token's residual stream after `layer`: what comes before runs once."""
+    """A prompt, ready for many versions of its last token's residual stream at a place: what comes before runs once."""
 
-    def __init__(self, model: nn.Module, ids: Int[Tensor, "1 pos"], layer: int):
+    def __init__(self, at: Place, prompt: str):
         from transformers import DynamicCache
 
-        self.model, self.ids, self.layer = model, ids, layer
-        self.cache = DynamicCache(config=model.config)
-        if ids.shape[1] > 1:
-            model.base_model(input_ids=ids[:, :-1], past_key_values=self.cache, use_cache=True)
-        self.resid = residuals(model, ids, layers=[layer])[layer][0, -1]
+        self.model, self.layer = at.model, at.layer
+        self.ids = torch.tensor([prompt_ids(at.tokenizer, prompt)], device=self.model.device)
+        self.cache = DynamicCache(config=self.model.config)
+        if self.ids.shape[1] > 1:
+            self.model.base_model(input_ids=self.ids[:, :-1], past_key_values=self.cache, use_cache=True)
+        self.resid = residuals(self.model, self.ids, layers=[self.layer])[self.layer][0, -1]
 
     def logits(self, resid: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
         """Return next-token logits for each version of the last token's residual stream."""

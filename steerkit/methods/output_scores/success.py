@@ -3,7 +3,8 @@
 Arad, Mueller, Belinkov (arXiv 2505.20063), sections 3 and 4: eq. 7, Appendix E, Figures 4, 5 and 8.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steerkit.engine.decode import Sampling
+from steerkit.engine.edits import Boost
 from steerkit.engine.generate import Arm, generate
-from steerkit.engine.steer import Boost
+from steerkit.engine.lab import Lab
 from steerkit.engine.tokens import bare_ids, stop_tokens
+from steerkit.inputs import Number, Whole
 from steerkit.judges.coherence import token_losses
-from steerkit.store import fingerprint, score_texts
+from steerkit.store import Work, fingerprint, score_texts
 
 FACTORS = (0.2, 0.4, 0.8, 1.2, 1.6, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 20.0)
+SAMPLING = Sampling(temperature=0.7, top_k=50, max_new_tokens=20, keep_stop=True)  # as released; `sweep` adds the stop tokens
 THRESHOLDS = (*(10.0**k for k in range(-10, -2)), 0.01, 0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -47,47 +52,40 @@ def period_tokens(tokenizer) -> list[int]:
 
 
 def sweep(
-    loaded,
-    features: dict[int, Sequence[int]],
-    lens: dict[int, Int[Tensor, "n k"]],
+    lab: Lab,
+    features: Mapping[int, Sequence[Whole]],
+    lens: Mapping[int, Int[Tensor, "n k"]],
     *,
     prompts: Sequence[str],
-    factors: Sequence[float] = FACTORS,
-    max_new_tokens: int = 20,
-    temperature: float = 0.7,
-    top_k: int = 50,
-    seed: int = 0,
-    batch_size: int = 256,
-    out: str | Path | None = None,
-    progress: bool = True,
+    factors: Sequence[Number] = FACTORS,
+    sampling: Sampling = SAMPLING,
+    work: Work = Work(),
 ) -> pd.DataFrame:
     """Return a row for each layer, feature, factor and prompt: text, hits at 1, 5 and 20, tokens, summed loss in nats.
 
     The last prompt token and each new one are pushed by factor x a_max x W_dec[i], a_max read live (`Boost`); a text ends at
     its first full stop, which is part of it, as released. lens[layer][j] belongs to features[layer][j]. The loss is that of
-    the unsteered model on prompt and text; the paper takes another model's. With `out` (a folder) finished layers stay.
+    the unsteered model on prompt and text; the paper takes another model's. work.out is a folder, where finished layers stay;
+    batches of 256 rows unless work says so.
     """
-    tables = []
-    stop = [*period_tokens(loaded.tokenizer), *stop_tokens(loaded.tokenizer, loaded.hf)]
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "stop": stop, "keep_stop": True}
-    settings |= {"window": "last", "seed": seed, "batch_size": batch_size, "progress": progress}
-    prompt_ids = {p: bare_ids(loaded.tokenizer, p) for p in prompts}
-
-    reader = fingerprint(loaded.hf, prompt_ids) if out else ""
+    tables, ids_of = [], {p: bare_ids(lab.tokenizer, p) for p in prompts}
+    stop = (*sampling.stop, *period_tokens(lab.tokenizer), *stop_tokens(lab.tokenizer, lab.hf))
+    reader = fingerprint(lab.hf, ids_of) if work.out else ""
 
     def losses(part: pd.DataFrame) -> dict[str, list]:
-        nats = token_losses(loaded.hf, loaded.tokenizer, [prompt_ids[p] + t for p, t in zip(part.prompt, part.tokens)])
+        nats = token_losses(lab.hf, lab.tokenizer, [ids_of[p] + t for p, t in zip(part.prompt, part.tokens)])
         return {"loss": [float(row.sum()) for row in nats], "read": [len(row) for row in nats]}
 
     for layer, chosen in features.items():
-        sae = loaded.sae(layer)
-        arms = [Arm(str(f), (Boost(layer, sae, int(f), float(s)),), float(s)) for f in chosen for s in factors]
-        path = Path(out) / f"layer-{layer}-{{key}}.jsonl" if out else None
-        texts = generate(loaded.hf, loaded.tokenizer, list(prompts), arms, out=path, **settings)
-        of = dict(zip(map(str, chosen), lens[layer].tolist()))
-        counts = {f"at{k}": [hits(t, of[a], k=k) for t, a in zip(texts.tokens, texts.arm)] for k in (1, 5, 20)}
-        nats = score_texts(texts[["prompt", "text", "tokens"]], losses, name="losses", by=reader, out=path, progress=progress)
-        table = texts[["prompt", "text"]].assign(layer=layer, feature=texts.arm.astype(int), factor=texts.scale, **counts)
+        boosts = [(int(f), Boost(layer, lab.sae(layer), int(f), float(s))) for f in chosen for s in factors]
+        arms = [Arm(f"feature {f}", boost, boost.factor, {"feature": f}) for f, boost in boosts]
+        here = replace(work, batch_size=work.rows(256), out=Path(work.out) / f"layer-{layer}-{{key}}.jsonl" if work.out else None)
+        texts = generate(lab, list(prompts), arms, sampling=replace(sampling, stop=stop), window="last", work=here)
+        of = dict(zip(map(int, chosen), lens[layer].tolist()))
+        counts = {f"at{k}": [hits(t, of[f], k=k) for t, f in zip(texts.tokens, texts.feature)] for k in (1, 5, 20)}
+        kept = {"name": "losses", "by": reader, "out": here.out, "progress": work.progress}
+        nats = score_texts(texts[["prompt", "text", "tokens"]], losses, **kept)
+        table = texts[["prompt", "text"]].assign(layer=layer, feature=texts.feature, factor=texts.scale, **counts)
         tables.append(table.assign(loss=nats.loss, tokens=nats.read))
     return pd.concat(tables, ignore_index=True)
 

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from steerkit.engine.lab import Place
 from steerkit.files import write_atomic
+from steerkit.inputs import Whole, whole
 from steerkit.stats import bootstrap
 from steerkit.vectors import SteeringVector
 
@@ -116,15 +118,18 @@ def fit_adam(
     return Approximator(M.detach(), b.detach())
 
 
+Wanted = Whole | Mapping[int, float] | Float[Tensor, " d_sae"]  # a feature, weights by feature, or a target in feature space
+
+
 def unit(vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
     """Return the vector with norm 1; zero stays zero."""
     norm = vector.norm()
     return vector / norm if norm > 0 else vector
 
 
-def target(features: int | Mapping[int, float], d_sae: int) -> Float[Tensor, " d_sae"]:
-    """Return the target in feature space for one feature, or weights by feature."""
-    weights = {features: 1.0} if isinstance(features, int) else features
+def target(features: Whole | Mapping[int, float], d_sae: int) -> Float[Tensor, " d_sae"]:
+    """Return the target in feature space for one feature, or weights by feature; ValueError for features that are not there."""
+    weights = features if isinstance(features, Mapping) else {whole("features", features): 1.0}
     if not weights or (bad := [i for i in weights if not 0 <= i < d_sae]):
         raise ValueError(f"features: expected at least one, 0 to {d_sae - 1}, got {list(weights) if not weights else bad}")
     out = torch.zeros(d_sae)
@@ -133,64 +138,59 @@ def target(features: int | Mapping[int, float], d_sae: int) -> Float[Tensor, " d
     return out
 
 
-def aim(
-    approximator: Approximator,
-    wanted: Float[Tensor, " d_sae"],
-    *,
-    layer: int,
-    preset: str,
-    name: str = "SAE-TS",
-    strength: float = 1.0,
-) -> SteeringVector:
+def aim(fitted: Approximator, at: Place, wanted: Wanted, *, strength: float = 1.0, name: str = "SAE-TS") -> SteeringVector:
     """Return the vector aimed at a target t in feature space: norm(norm(M t) - lambda norm(M b)) (SAE-TS eq. 3, FGAA eq. 5).
 
-    strength: lambda, 1 in both papers. Only the ratios inside t matter. ValueError for a target that M sends to zero.
+    wanted: a feature, weights by feature, or t itself, such as `fgaa.target` gives; only the ratios inside t matter.
+    strength: lambda, 1 in both papers. ValueError for a target that M sends to zero.
+
+    Example: `aim(fitted, lab.at(13), 2066)`.
     """
-    direction = unit(approximator.M @ wanted.to(approximator.M)) - strength * unit(approximator.Mb)
-    return SteeringVector(name, direction, layer, preset, {"method": name, "lambda": strength, "target": _about(wanted)})
+    t = _target(fitted, wanted)
+    direction = unit(fitted.M @ t) - strength * unit(fitted.Mb)
+    return SteeringVector(name, direction, at.layer, at.preset, {"method": name, "lambda": strength, "target": _about(t)})
 
 
-def minus_Mb(approximator: Approximator, *, layer: int, preset: str) -> SteeringVector:
+def minus_Mb(fitted: Approximator, at: Place) -> SteeringVector:
     """Return -norm(M b) alone, the control of SAE-TS Fig. 5."""
-    return SteeringVector("-Mb", -approximator.Mb, layer, preset, {"method": "-Mb"})
+    return SteeringVector("-Mb", -fitted.Mb, at.layer, at.preset, {"method": "-Mb"})
 
 
-def pseudo_inverse(
-    approximator: Approximator, wanted: Float[Tensor, " d_sae"], *, layer: int, preset: str, name: str = "Pinverse"
-) -> SteeringVector:
+def pseudo_inverse(fitted: Approximator, at: Place, wanted: Wanted, *, name: str = "Pinverse") -> SteeringVector:
     """Return x = (t / |t| - b) M+, not normalised: its norm is the vector's weight, as in the released code (App. A.1)."""
-    x = torch.linalg.lstsq(approximator.M.T.double(), (unit(wanted.to(approximator.M)) - approximator.b).double()[:, None]).solution[:, 0]
-    return SteeringVector(name, x.float(), layer, preset, {"method": name, "target": _about(wanted)}, weight=float(x.norm()))
+    t = _target(fitted, wanted)
+    x = torch.linalg.lstsq(fitted.M.T.double(), (unit(t) - fitted.b).double()[:, None]).solution[:, 0]
+    return SteeringVector(name, x.float(), at.layer, at.preset, {"method": name, "target": _about(t)}, weight=float(x.norm()))
 
 
-def rotation(approximator: Approximator, W_dec: Float[Tensor, "d_sae d_model"], *, published: bool = False) -> Float[Tensor, "d d"]:
+def rotation(fitted: Approximator, W_dec: Float[Tensor, "d_sae d_model"], *, published: bool = False) -> Float[Tensor, "d d"]:
     """Return the Procrustes rotation R with R d_j closest to M_j / |M_j| over all features (SAE-TS App. D).
 
     A D = U S V', R = U V', A the unit columns of M, D the unit rows of W_dec. published=True gives the inverse, which
     the paper's text and the released train.py describe.
     """
-    A = nn.functional.normalize(approximator.M.double(), dim=0)
+    A = nn.functional.normalize(fitted.M.double(), dim=0)
     D = nn.functional.normalize(W_dec.detach().to(A), dim=1)
     U, _, Vh = torch.linalg.svd(A @ D)
     R = (U @ Vh).float()
     return R.T.contiguous() if published else R
 
 
-def rotated(
-    approximator: Approximator,
-    R: Float[Tensor, "d d"],
-    row: SteeringVector,
-    *,
-    name: str = "Rotation",
-) -> SteeringVector:
-    """Return norm(R d - norm(M b)) for a decoder direction d."""
-    direction = unit(R @ row.direction.to(R)) - unit(approximator.Mb).to(R)
+def rotated(fitted: Approximator, R: Float[Tensor, "d d"], row: SteeringVector, *, name: str = "Rotation") -> SteeringVector:
+    """Return norm(R d - norm(M b)) for a decoder direction d, at d's own place."""
+    direction = unit(R @ row.direction.to(R)) - unit(fitted.Mb).to(R)
     return SteeringVector(name, direction, row.layer, row.preset, {"method": name, "of": row.made})
 
 
-def _about(wanted: Tensor) -> dict[str, float]:
-    kept = wanted.nonzero()[:, 0].tolist()
-    return {str(i): round(float(wanted[i]), 4) for i in kept[:64]}
+def _target(fitted: Approximator, wanted: Wanted) -> Float[Tensor, " d_sae"]:
+    t = wanted if isinstance(wanted, Tensor) else target(wanted, len(fitted.b))
+    if t.shape != fitted.b.shape:
+        raise ValueError(f"wanted: expected one number for each of {len(fitted.b)} features, got shape {list(t.shape)}: give the feature")
+    return t.to(fitted.M)
+
+
+def _about(t: Float[Tensor, " d_sae"]) -> dict[str, float]:
+    return {str(i): round(float(t[i]), 4) for i in t.nonzero()[:64, 0].tolist()}
 
 
 def agreement(predicted: Float[Tensor, "n d_sae"], measured: Float[Tensor, "n d_sae"], centre: Float[Tensor, " d_sae"]) -> dict:

@@ -5,8 +5,9 @@ from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from steerkit.engine.lab import Place
 from steerkit.engine.losses import steered_token_losses
 from steerkit.engine.packed import packed_linears
 from steerkit.engine.tokens import bare_ids, first_tokens
@@ -39,11 +40,10 @@ def solve_scale(scales: Sequence[float], losses: Sequence[float], target: float)
 
 @torch.inference_mode()
 def calibrate(
-    model: nn.Module,
+    at: Place,
     ids: Int[Tensor, "rows pos"],
     vectors: Float[Tensor, "n d_model"],
     *,
-    layer: int,
     target: float | None = None,
     rise: float | None = None,
     grid: Sequence[float] = tuple(range(0, 201, 20)),
@@ -53,24 +53,24 @@ def calibrate(
 
     The scale is where the mean next-token loss on `ids` reaches `target` nats (the released code: 4.0 for Gemma-2-2B), or
     the unsteered loss plus `rise` (the paper: 0.5): up the grid to the first loss above, then the line through the last two
-    points. All vectors climb together, and only the blocks above `layer` run. A vector that never gets there is
+    points. All vectors climb together, and only the blocks above the place run. A vector that never gets there is
     extrapolated from the last two points, as released, and marked.
 
     Raises ValueError unless exactly one of target and rise is given, and where the unsteered loss is above the target.
     """
     if (target is None) == (rise is None):
         raise ValueError(f"expected either target (absolute loss, nats) or rise (above the unsteered loss), got {target} and {rise}")
-    ids = ids.to(model.device)
-    with packed_linears(model):
-        resid = residuals(model, ids, layers=[layer])[layer]
-        base = steered_losses(model, ids, resid, vectors[:1], torch.zeros(1), layer, batch_size)[0].item()
+    ids = ids.to(at.model.device)
+    with packed_linears(at.model):
+        how = {"resid": residuals(at.model, ids, layers=[at.layer])[at.layer], "batch_size": batch_size}
+        base = steered_losses(at, ids, vectors[:1], torch.zeros(1), **how)[0].item()
         goal = base + rise if target is None else target
         if base >= goal:
             raise ValueError(f"target: expected more than the unsteered loss {base:.3f} nats, got {goal:.3f}: raise it or use `rise`")
         scales, found = torch.full((len(vectors),), float("nan")), torch.zeros(len(vectors), dtype=torch.bool)
         before, active = torch.full((len(vectors),), base), torch.arange(len(vectors))
         for low, high in pairwise(grid):
-            now = steered_losses(model, ids, resid, vectors[active], torch.full((len(active),), float(high)), layer, batch_size)
+            now = steered_losses(at, ids, vectors[active], torch.full((len(active),), float(high)), **how)
             for i, loss in zip(active.tolist(), now.tolist()):
                 scales[i], found[i] = solve_scale([low, high], [before[i].item(), loss], goal), loss > goal
             before[active] = now
@@ -82,14 +82,19 @@ def calibrate(
 
 @torch.inference_mode()
 def steered_losses(
-    model: nn.Module,
+    at: Place,
     ids: Int[Tensor, "rows pos"],
-    resid: Float[Tensor, "rows pos d_model"],
     vectors: Float[Tensor, "n d_model"],
     scales: Float[Tensor, " n"],
-    layer: int,
+    *,
+    resid: Float[Tensor, "rows pos d_model"] | None = None,
     batch_size: int = 64,
 ) -> Float[Tensor, " n"]:
-    """Return the mean next-token loss on `ids`, nats, for each vector with its scale; resid is the stream after `layer`."""
-    found = steered_token_losses(model, ids, resid, vectors * scales[:, None], layer=layer, batch_size=batch_size)
+    """Return the mean next-token loss on `ids`, nats, for each vector with its own scale.
+
+    resid: the unsteered stream at the place, where it is known already.
+    """
+    ids = ids.to(at.model.device)
+    resid = residuals(at.model, ids, layers=[at.layer])[at.layer] if resid is None else resid
+    found = steered_token_losses(at.model, ids, resid, vectors * scales[:, None], layer=at.layer, batch_size=batch_size)
     return torch.cat([losses.flatten(1).mean(1).cpu() for _, losses in found])

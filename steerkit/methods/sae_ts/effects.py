@@ -17,6 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from steerkit.engine.decode import NotFinite, Sampling, Watch, decode
+from steerkit.engine.lab import Place
 from steerkit.engine.memory import halving
 from steerkit.engine.packed import packed_linears
 from steerkit.engine.steer import Add
@@ -24,7 +25,7 @@ from steerkit.engine.tokens import prompt_ids
 from steerkit.features import ordinary_positions, residuals
 from steerkit.files import write_atomic
 from steerkit.progress import bar
-from steerkit.store import fingerprint
+from steerkit.store import Parts, Work, fingerprint
 
 PROMPTS = (
     *("", "", "", "I think", "Breaking news", "Last night", "For sale", "The weather", "Dear Sir/Madam"),
@@ -41,7 +42,7 @@ class Scheme:
 
     length: tokens of a rollout in all, beginning-of-text and prompt included. positions: "ordinary" leaves out the first
     token, special tokens and outliers; "all" is the released code. Where nothing else is left out the two differ by the
-    factor 32 / 31 on the empty prompt, as both arms have the same first token.
+    factor 32 / 31 on the empty prompt, as both arms have the same first token. baseline_samples: those of the unsteered text.
     """
 
     prompts: tuple[str, ...] = PROMPTS
@@ -49,13 +50,13 @@ class Scheme:
     length: int = 32
     sampling: Sampling = SAMPLING
     positions: str = "ordinary"
-    outlier: float = 10.0
+    baseline_samples: int = 64
 
     def __post_init__(self) -> None:
-        if self.positions not in ("ordinary", "all") or self.samples < 1 or not self.prompts:
+        if self.positions not in ("ordinary", "all") or min(self.samples, self.baseline_samples) < 1 or not self.prompts:
             raise ValueError(
-                f'expected positions "ordinary" or "all", at least one sample and one prompt, got {self.positions!r}, {self.samples}, '
-                f"{len(self.prompts)}"
+                f'expected positions "ordinary" or "all", at least one sample (steered and not) and one prompt, got {self.positions!r}, '
+                f"{self.samples}, {self.baseline_samples} and {len(self.prompts)}"
             )
 
 
@@ -96,13 +97,10 @@ def training_vectors(W_dec: Float[Tensor, "d_sae d_model"], *, n_held: int = 256
 
 @torch.inference_mode()
 def text_features(
-    model: nn.Module,
-    tokenizer,
-    sae,
+    at: Place,
     vectors: Float[Tensor, "n d_model"] | None,
     scales: Float[Tensor, " n"] | None,
     *,
-    layer: int,
     scheme: Scheme = Scheme(),
     first: int = 0,
     batch_size: int = 128,
@@ -112,156 +110,140 @@ def text_features(
     Encode each position, then average over positions and rollouts. Without vectors: one row, of unsteered text.
     first: number of the first vector; it keys the noise, so that a vector's texts do not depend on how work is split.
 
-    There is no second pass: what is added after block `layer` does not reach that block, so the stream there, before the
+    There is no second pass: what is added after a block does not reach that block, so the stream there, before the
     addition, is what reading the finished text without steering gives.
     """
-    n, device = 1 if vectors is None else len(vectors), next(model.parameters()).device
-    total = torch.zeros(n, 2, sae.W_dec.shape[0], device=device)
+    n, device = 1 if vectors is None else len(vectors), next(at.model.parameters()).device
+    total = torch.zeros(n, 2, at.sae.W_dec.shape[0], device=device)
     count = torch.zeros(n, 2, 1, device=device)
-    starts = [prompt_ids(tokenizer, prompt) for prompt in scheme.prompts]
+    starts = [prompt_ids(at.tokenizer, prompt) for prompt in scheme.prompts]
     number = 0 if vectors is None else first + 1  # 0 is the unsteered arm
     for length in sorted({len(start) for start in starts}):  # prompts of one length share batches, without pads
         mine = [p for p, start in enumerate(starts) if len(start) == length]
         plan = [(v, p, s) for v in range(n) for p in mine for s in range(scheme.samples)]
-        with packed_linears(model):
-            head = residuals(model, torch.tensor([starts[p] for p in mine], device=device), layers=[layer])[layer][:, :-1]
+        with packed_linears(at.model):
+            ids = torch.tensor([starts[p] for p in mine], device=device)
+            head = residuals(at.model, ids, layers=[at.layer])[at.layer][:, :-1]
 
         def summed(batch: list[tuple[int, int, int]], head=head, mine=mine) -> tuple:
             which = torch.tensor([v for v, _, _ in batch])
             rows = [((number + v) * len(starts) + p) * scheme.samples + s for v, p, s in batch]
             arm = [(v, tuple(starts[p])) for v, p, _ in batch]
-            edits = [] if vectors is None else [Add(layer, vectors[which], scales[which])]
+            edits = [] if vectors is None else [Add(at.layer, vectors[which], scales[which])]
             try:
-                ids, tail = _rollouts(model, [starts[p] for _, p, _ in batch], edits, layer, scheme, rows=rows, arm=arm, shared=arm)
+                ids, tail = _rollouts(at, [starts[p] for _, p, _ in batch], edits, scheme, rows=rows, arm=arm)
             except NotFinite as error:
                 lost = {batch[r][0] for r in error.rows}
                 named = ", ".join(f"vector {first + v}" + (f" at scale {float(scales[v]):g}" if edits else "") for v in sorted(lost)[:4])
                 raise ValueError(f"{named}: {error.what}: lower the scale, or open the model in float32") from error
             resid = torch.cat([head[[mine.index(p) for _, p, _ in batch]], tail], 1)
             cell = (which.to(device), torch.tensor([p % 2 for _, p, _ in batch], device=device))
-            return cell, *_activations(sae, ids, resid, layer, tokenizer.all_special_ids, scheme)
+            return cell, *_activations(at, ids, resid, scheme)
 
-        for at in range(0, len(plan), batch_size):
-            for cell, acts, kept in halving(summed, plan[at : at + batch_size]):
+        for i in range(0, len(plan), batch_size):
+            for cell, acts, kept in halving(summed, plan[i : i + batch_size]):
                 total.index_put_(cell, acts, accumulate=True)
                 count.index_put_(cell, kept, accumulate=True)
     return (total / count.clamp_min(1)).cpu()
 
 
 def _rollouts(
-    model, prompts: list[list[int]], edits, layer: int, scheme: Scheme, **groups
+    at: Place, prompts: list[list[int]], edits: list[Add], scheme: Scheme, **groups
 ) -> tuple[Int[Tensor, "rows pos"], Float[Tensor, "rows new d_model"]]:
-    """Return the token ids of whole rollouts, and the stream after `layer` before edits, from the last prompt token on."""
+    """Return the token ids of whole rollouts, and the stream at the place before edits, from the last prompt token on."""
     steps = scheme.length - len(prompts[0]) + 1  # the stream of the last token comes with one token more, which is dropped
-    parameter = next(model.parameters())
-    stream = torch.zeros(len(prompts), steps, model.config.hidden_size, dtype=parameter.dtype, device=parameter.device)
+    parameter = next(at.model.parameters())
+    stream = torch.zeros(len(prompts), steps, at.d_model, dtype=parameter.dtype, device=parameter.device)
 
     def keep(step: int, rows: Tensor, _stopped: Tensor, resid: dict[int, Tensor]) -> None:
-        stream[rows, step] = resid[layer].to(stream.device)
+        stream[rows, step] = resid[at.layer].to(stream.device)
 
-    sampling, watch = replace(scheme.sampling, max_new_tokens=steps), Watch((layer,), keep, steered=False)
-    texts = decode(model, prompts, edits, sampling=sampling, watch=watch, **groups)
+    sampling, watch = replace(scheme.sampling, max_new_tokens=steps), Watch((at.layer,), keep, steered=False)
+    texts = decode(at.model, prompts, edits, sampling=sampling, watch=watch, **groups)
     return torch.tensor([start + text.tokens[:-1] for start, text in zip(prompts, texts)], device=parameter.device), stream
 
 
 def _activations(
-    sae, ids, resid: Float[Tensor, "rows pos d_model"], layer: int, special, scheme: Scheme
+    at: Place, ids: Int[Tensor, "rows pos"], resid: Float[Tensor, "rows pos d_model"], scheme: Scheme
 ) -> tuple[Float[Tensor, "rows d_sae"], Float[Tensor, "rows 1"]]:
     """Return each text's summed activations and the number of positions that count."""
     keep = torch.ones_like(ids, dtype=torch.bool)
     if scheme.positions == "ordinary":
-        keep = ordinary_positions(ids, None, {layer: resid}, special=special, outlier=scheme.outlier)
-    acts = sae.encode(resid.to(sae.dtype)).float() * keep[..., None]
+        keep = ordinary_positions(ids, None, {at.layer: resid}, special=at.tokenizer.all_special_ids, outlier=at.outlier)
+    acts = at.sae.encode(resid.to(at.sae.dtype)).float() * keep[..., None]
     return acts.sum(1), keep.sum(1, keepdim=True).float()
 
 
-def unsteered(
-    model: nn.Module, tokenizer, sae, *, layer: int, scheme: Scheme, batch_size: int = 128, out: str | Path | None = None
-) -> Float[Tensor, " d_sae"]:
-    """Return mean activations over unsteered text, the baseline of every effect; kept in the folder `out`, where given."""
-    store = _Parts(out, _key(model, tokenizer, sae, layer, scheme, batch_size))
-    if store.get(0) is None:
-        means = text_features(model, tokenizer, sae, None, None, layer=layer, scheme=scheme, batch_size=batch_size)
-        if out is None:
+def unsteered(at: Place, scheme: Scheme = Scheme(), work: Work = Work()) -> Float[Tensor, " d_sae"]:
+    """Return mean activations over unsteered text, the baseline of every effect: `baseline_samples` rollouts of each prompt.
+
+    Kept in the folder work.out, where given. ValueError for a folder that holds another run.
+    """
+    scheme, size = replace(scheme, samples=scheme.baseline_samples), work.rows(128)
+    store = _parts(at, scheme, work, size)
+    if store.get(_name(0)) is None:
+        means = text_features(at, None, None, scheme=scheme, batch_size=size)
+        if work.out is None:
             return means[0].mean(0)
-        store.put(0, means)
-    return store.get(0)[0].mean(0)  # as later calls read it
+        store.put(_name(0), {"means": means.half()})
+    return store.get(_name(0))["means"].float()[0].mean(0)  # as later calls read it
 
 
 def measure(
-    model: nn.Module,
-    tokenizer,
-    sae,
+    at: Place,
     vectors: Float[Tensor, "n d_model"],
     scales: Float[Tensor, " n"],
     *,
-    layer: int,
-    baseline: Float[Tensor, " d_sae"] | None = None,
-    baseline_samples: int = 64,
     scheme: Scheme = Scheme(),
-    batch_size: int = 128,
-    out: str | Path | None = None,
-    shard: int = 0,
-    n_shards: int = 1,
-    progress: bool = True,
+    baseline: Float[Tensor, " d_sae"] | None = None,
+    shard: tuple[int, int] = (0, 1),
+    work: Work = Work(),
 ) -> Effects:
     """Measure the effect of every vector, y(v) = mean f(steered text) - mean f(unsteered text) (SAE-TS eq. 2).
 
     vectors are normalised; the text is generated with scales[i] x vectors[i] added at every position, and read without it.
-    With `out` (a folder) finished parts stay there and the same call carries on after an interruption. Shard s of n does
-    every n-th part; once all are there a call with the same `out` and one shard returns all.
+    With work.out (a folder) finished parts stay there and the same call carries on after an interruption. shard: (which one,
+    of how many); shard s of n does every n-th part, and once all are there a call with the same work.out and one shard
+    returns all. Batches of 128 rows unless work says so.
 
-    Raises ValueError for scales that are not finite and positive, sizes that do not fit, or an `out` of another run.
+    Raises ValueError for scales that are not finite and positive, sizes that do not fit, or a folder that holds another run.
+
+    >>> measure(lab.at(13), vectors, scales, work=Work(out="runs/effects")).effects.shape    # doctest: +SKIP
+    torch.Size([100, 4096])
     """
     vectors, scales = (x if isinstance(x, Tensor) else torch.tensor(np.asarray(x)) for x in (vectors, scales))
     if len(scales) != len(vectors) or not (torch.isfinite(scales) & (scales > 0)).all():
         raise ValueError(f"scales: expected {len(vectors)} finite numbers above 0, got {scales.tolist()[:8]}...")
-    vectors = nn.functional.normalize(vectors.float(), dim=-1)
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard: expected (which one, of how many), counted from 0, got {shard}")
+    vectors, size = nn.functional.normalize(vectors.float(), dim=-1), work.rows(128)
     if baseline is None:
-        calm = replace(scheme, samples=baseline_samples)
-        baseline = unsteered(model, tokenizer, sae, layer=layer, scheme=calm, batch_size=batch_size)
-    size = max(1, batch_size // scheme.samples)
-    parts = list(range(0, len(vectors), size))[shard::n_shards]
-    store = _Parts(out, _key(model, tokenizer, sae, layer, scheme, batch_size, vectors, scales))
+        baseline = unsteered(at, scheme, Work(size))
+    step = max(1, size // scheme.samples)
+    starts = list(range(0, len(vectors), step))[shard[0] :: shard[1]]
+    store = _parts(at, scheme, work, size, vectors, scales)
     found = []
-    for start in bar(parts, "effects", "part", show=progress):
-        means = store.get(start)
-        if means is None:
-            of = slice(start, start + size)
-            settings = {"layer": layer, "scheme": scheme, "first": start, "batch_size": batch_size}
-            means = text_features(model, tokenizer, sae, vectors[of], scales[of], **settings)
-            store.put(start, means)
-        found.append(means)
-    mine = torch.cat([torch.arange(start, min(start + size, len(vectors))) for start in parts])
+    for start in bar(starts, "effects", "part", show=work.progress):
+        if (part := store.get(_name(start))) is None:
+            of = slice(start, start + step)
+            part = {"means": text_features(at, vectors[of], scales[of], scheme=scheme, first=start, batch_size=size)}
+            store.put(_name(start), {"means": part["means"].half()})
+        found.append(part["means"].float())
+    mine = torch.cat([torch.arange(start, min(start + step, len(vectors))) for start in starts])
     return Effects(vectors[mine], scales[mine], torch.cat(found) - baseline, baseline)
 
 
-class _Parts:
-    """Finished parts in a folder, one safetensors file each, with the key of the run."""
-
-    def __init__(self, folder: str | Path | None, key: str):
-        self.folder, self.key = Path(folder) if folder else None, key
-
-    def _path(self, start: int) -> Path:
-        return self.folder / f"part-{start:06d}.safetensors"
-
-    def get(self, start: int) -> Tensor | None:
-        if self.folder is None or not self._path(start).exists():
-            return None
-        with safe_open(self._path(start), "pt") as file:
-            if (file.metadata() or {}).get("key") != self.key:
-                raise ValueError(f"{self.folder} holds effects of other vectors, scales or settings: delete it or choose another `out`")
-            return file.get_tensor("means").float()
-
-    def put(self, start: int, means: Tensor) -> None:
-        if self.folder is not None:
-            write_atomic(self._path(start), to_bytes({"means": means.half()}, {"key": self.key}))
+def _parts(at: Place, scheme: Scheme, work: Work, size: int, *of: Tensor) -> Parts:
+    """Return the store of a run. The batch size counts: it cuts the parts, and rounds the text of half-precision models."""
+    if work.out is None:
+        return Parts(None, "")
+    ids = [prompt_ids(at.tokenizer, prompt) for prompt in scheme.prompts]
+    key = fingerprint(at.model, ids, at.tokenizer.all_special_ids, at.sae, at.layer, at.outlier, scheme, size, *of)
+    return Parts(work.path(key), key)
 
 
-def _key(model, tokenizer, sae, layer: int, scheme: Scheme, batch_size: int, *of: Tensor) -> str:
-    """Return the key of kept parts. The batch size counts: it cuts the parts, and rounds the text of half-precision models."""
-    ids = [prompt_ids(tokenizer, prompt) for prompt in scheme.prompts]
-    return fingerprint(model, ids, tokenizer.all_special_ids, sae, layer, scheme, batch_size, *of)
+def _name(start: int) -> str:
+    return f"part-{start:06d}"
 
 
 def save(effects: Effects, path: str | Path, about: dict) -> Path:

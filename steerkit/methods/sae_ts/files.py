@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from safetensors import safe_open
 from torch import Tensor
 
+from steerkit.engine.lab import Place
 from steerkit.files import resolve
 from steerkit.methods.sae_ts.approximator import Approximator, fit_adam, fit_ridge
 from steerkit.methods.sae_ts.effects import Effects, load, training_vectors
@@ -84,28 +85,26 @@ def source(given: str, spec: Preset, layer: int) -> str:
     return chosen
 
 
-def measured(
-    given: str, spec: Preset, W_dec: Float[Tensor, "d_sae d_model"], *, layer: int, n_held: int = 100
-) -> tuple[Effects, Bool[Tensor, " n"], Effects | None, dict]:
-    """Return effects, which vectors are held out, a second measurement of those (or None), and how they were made.
+def measured(at: Place, given: str = "", *, n_held: int = 100) -> tuple[Effects, Bool[Tensor, " n"], Effects | None, dict]:
+    """Return a place's effects, which vectors are held out, a second measurement of those (or None), and how they were made.
 
     given: as in `source`. The last `n_held` published vectors are held out, as in the paper, and were measured once.
     """
-    chosen = source(given, spec, layer)
+    chosen = source(given, at.lab.preset, at.layer)
     if chosen == "hub":
-        found = effects(spec)
+        found = effects(at.lab.preset)
         held = torch.arange(len(found.scales)) >= len(found.scales) - n_held
-        return found, held, None, {"preset": spec.name, "source": spec.effects.repo}
-    vectors, held = training_vectors(W_dec)
+        return found, held, None, {"preset": at.preset, "source": at.lab.preset.effects.repo}
+    vectors, held = training_vectors(at.sae.W_dec)
     found, about = load(resolve(chosen), vectors)
     again = resolve(chosen).with_suffix(".repeat1.safetensors")
     return found, held[: len(found.scales)], load(again, vectors[held])[0] if Path(again).exists() else None, about
 
 
-def approximator(fit: str, spec: Preset, found: Effects, held: Bool[Tensor, " n"], *, seed: int = 0) -> Approximator:
-    """Return the effect approximator of a preset: "ridge" or "adam", fitted on effects not held out, or "hub", as published."""
+def approximator(at: Place, fit: str, found: Effects, held: Bool[Tensor, " n"], *, seed: int = 0) -> Approximator:
+    """Return a place's effect approximator: "ridge" or "adam", fitted on effects not held out, or "hub", as published."""
     if fit == "hub":
-        return adapter(spec)
+        return adapter(at.lab.preset)
     if fit not in ("ridge", "adam"):
         raise ValueError(f"fit: expected ridge, adam or hub, got {fit!r}")
     x, y = found.vectors[~held], found.effects[~held]
