@@ -20,7 +20,7 @@ from steerkit.book.closure import closure
 from steerkit.files import check_writable, write_atomic
 from steerkit.progress import about
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 PARAMETERS = """layer: int = 13  # residual stream after this block
 scales: list[float] = [0.0, 1.0]  # residual units
 out_dir: str = "runs/laptop/{name}"  # where results go

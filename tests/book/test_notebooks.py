@@ -12,7 +12,7 @@ from steerkit.book import run
 from steerkit.methods.sae_ts import files as published
 from steerkit.models import load as models
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 LIMIT_BYTES, LIMIT_LINES, MEDIAN_LINES = 1_000_000, 30, 8
 

@@ -26,7 +26,7 @@ from steerkit.methods.sae_ts import approximator, effects
 from steerkit.methods.sae_ts import files as published
 from steerkit.models import load as models
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 KEPT = (0, 1, 13, 14, 29)  # blocks that still compute: enough for every path, a sixth of the time
 
