@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from steerkit.book.report import _device
+from steerkit.book.report import device
 from steerkit.engine.generate import Arm, Sampling, Work, generate
 from steerkit.engine.steer import Add, steering
 from steerkit.files import ROOT, write_atomic
@@ -105,7 +105,7 @@ def with_receipt(lab) -> str:
 
 def device_line() -> str:
     """Return the machine and versions in words."""
-    return f"{_device()}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
+    return f"{device()}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
 
 
 def write_table(name: str, lines: list[str]) -> None:

@@ -49,24 +49,29 @@ def clean(values, name: str = "values") -> np.ndarray:
     return values
 
 
+def _units(n: int, n_boot: int, seed: int):
+    """Yield `n_boot` times n units, samples or groups, drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n_boot):
+        yield rng.integers(n, size=n)
+
+
 def _draws(n: int, groups: Sequence | np.ndarray | None, n_boot: int, seed: int):
     """Yield `n_boot` index arrays: samples drawn with replacement, or whole groups drawn with replacement."""
-    rng = np.random.default_rng(seed)
     if groups is None:
-        for _ in range(n_boot):
-            yield rng.integers(n, size=n)
+        yield from _units(n, n_boot, seed)
         return
     _, label = np.unique(np.asarray(groups), return_inverse=True)
     members = [np.flatnonzero(label == g) for g in range(label.max() + 1)]
-    for _ in range(n_boot):
-        yield np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
+    for drawn in _units(len(members), n_boot, seed):
+        yield np.concatenate([members[g] for g in drawn])
 
 
 def _group_means(values: np.ndarray, groups: Sequence | np.ndarray, n_boot: int, seed: int) -> np.ndarray:
     """Return the means of the draws of `_draws` from each group's sum and size: thousands of times fewer numbers to add."""
-    rng, label = np.random.default_rng(seed), np.unique(np.asarray(groups), return_inverse=True)[1]
+    label = np.unique(np.asarray(groups), return_inverse=True)[1]
     size, total = np.bincount(label), np.bincount(label, weights=values)
-    drawn = np.stack([rng.integers(len(size), size=len(size)) for _ in range(n_boot)])
+    drawn = np.stack(list(_units(len(size), n_boot, seed)))
     return total[drawn].sum(1) / size[drawn].sum(1)
 
 

@@ -106,6 +106,10 @@ class Work:
         """Return the batch size, or the function's own."""
         return self.batch_size or default
 
+    def below(self, name: str) -> "Work":
+        """Return the same work, kept under `name` in the folder `out`; kept nowhere, still nowhere."""
+        return self if self.out is None else dataclasses.replace(self, out=Path(self.out) / name)
+
     def path(self, key: str, name: str | None = None) -> str | None:
         """Return `out` with the key filled in, and `name` below it where it is a folder; None where nothing is kept."""
         if self.out is None:
@@ -189,20 +193,18 @@ def score_texts(
     *,
     name: str,
     by: str = "",
-    out: str | Path | None = None,
     part: int = 1024,
-    progress: bool = True,
+    work: Work = Work(),
 ) -> pd.DataFrame:
     """Return what `score` says of each row, its columns with those of `texts`, `part` rows at a time.
 
-    by: a fingerprint of what scores the texts: a model, fitted numbers. out: where the texts themselves are kept; if "{key}" is
-    in it, finished parts stay in a file beside them.
+    by: a fingerprint of what scores the texts: a model, fitted numbers. work.out: where the texts themselves are kept; if "{key}"
+    is in it, finished parts stay in a file beside them.
     """
     key = fingerprint(by, list(texts), pd.util.hash_pandas_object(texts.astype(str), index=False).to_numpy())
-    path = str(out).replace("{key}", f"{name}-{key}") if out and "{key}" in str(out) else None
-    journal = Journal(path, key)
+    journal = Journal(work.path(f"{name}-{key}") if "{key}" in str(work.out) else None, key)
     parts = [range(at, min(at + part, len(texts))) for at in range(0, len(texts), part)]
-    for rows in bar([rows for rows in parts if not journal.has(rows)], name, "part", show=progress):
+    for rows in bar([rows for rows in parts if not journal.has(rows)], name, "part", show=work.progress):
         found = pd.DataFrame(score(texts.iloc[list(rows)])).assign(row=list(rows))
         journal.write(found.to_dict("records"))
     found = pd.DataFrame([journal.rows[r] for r in range(len(texts))], index=texts.index)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from steerkit.files import shipped, write_atomic, write_table
-from steerkit.store import Journal, score_texts
+from steerkit.store import Journal, Work, score_texts
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
@@ -47,16 +47,16 @@ def test_scores_of_texts_resume_and_keep_their_rows(tmp_path):
             raise KeyboardInterrupt
         return {"n": [len(t) for t in part.tokens]}
 
-    out = tmp_path / "texts-{key}.jsonl"
+    kept = Work(out=tmp_path / "texts-{key}.jsonl", progress=False)
     with pytest.raises(KeyboardInterrupt):
-        score_texts(texts, score, name="judged", out=out, part=2, progress=False)
-    found = score_texts(texts, score, name="judged", out=out, part=2, progress=False)
+        score_texts(texts, score, name="judged", part=2, work=kept)
+    found = score_texts(texts, score, name="judged", part=2, work=kept)
     assert calls == [["v", "w"], ["x", "y"], ["z"], ["z"]], "only the last part is scored again"
     assert found.n.tolist() == [1, 2, 0, 1, 1] and found.index.equals(texts.index) and found.text.equals(texts.text)
     assert len(list(tmp_path.iterdir())) == 1
-    score_texts(texts[:2], score, name="judged", out=out, part=2, progress=False)  # other texts, another file
+    score_texts(texts[:2], score, name="judged", part=2, work=kept)  # other texts, another file
     assert len(list(tmp_path.iterdir())) == 2
-    turned = score_texts(texts[::-1], score, name="judged", out=out, part=2, progress=False)  # rows are kept by number: their order counts
+    turned = score_texts(texts[::-1], score, name="judged", part=2, work=kept)  # rows are kept by number: their order counts
     assert turned.n.tolist() == [1, 1, 0, 2, 1] and len(list(tmp_path.iterdir())) == 3
 
 
@@ -73,9 +73,9 @@ def test_a_journal_drops_a_torn_line_and_refuses_another_run(tmp_path):
 
 
 def test_scores_of_one_judge_are_not_those_of_another(tmp_path):
-    texts, out = pd.DataFrame({"text": ["a", "b"]}), tmp_path / "texts-{key}.jsonl"
+    texts, kept = pd.DataFrame({"text": ["a", "b"]}), Work(out=tmp_path / "texts-{key}.jsonl", progress=False)
     score = lambda value: lambda part: {"n": [np.float32(value)] * len(part)}  # noqa: E731
     for value, by in ((1.0, "one model"), (2.0, "another"), (3.0, "one model")):
-        found = score_texts(texts, score(value), name="judged", by=by, out=out, progress=False)
+        found = score_texts(texts, score(value), name="judged", by=by, work=kept)
         assert found.n.tolist() == [2.0 if by == "another" else 1.0] * 2
     assert len(list(tmp_path.iterdir())) == 2

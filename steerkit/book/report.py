@@ -40,7 +40,7 @@ class Provenance:
         return f"<table>{body}</table>"
 
 
-def _device() -> str:
+def device() -> str:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name()
@@ -161,7 +161,7 @@ class Book:
             "notebook": self.notebook,
             "versions": ", ".join(f"{k} {v}" for k, v in provenance.versions().items()),
             "seed": str((parameters or {}).get("seed", "none")),
-            "device": _device(),
+            "device": device(),
             "wall time": f"{time.monotonic() - self._begun:.0f} s",
             "peak memory": _peak_memory(),
         }

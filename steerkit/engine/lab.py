@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from steerkit.engine.steer import residual_blocks
-from steerkit.engine.tokens import prompt_ids, text_ids
+from steerkit.engine.tokens import prompt_ids, stop_tokens, text_ids
 from steerkit.inputs import Whole, strings, whole
 
 
@@ -45,6 +45,11 @@ class Lab:
         if not 0 <= layer < len(blocks):
             raise ValueError(f"{self.preset.name}: expected a layer from 0 to {len(blocks) - 1}, got {layer}")
         return blocks[layer]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text of this model (`tokens.stop_tokens`)."""
+        return tuple(stop_tokens(self.tokenizer, self.hf))
 
     def tokens(
         self, texts: Iterable[str], *, chat: bool = False, bos: bool = True

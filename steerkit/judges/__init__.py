@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from steerkit.files import DATA, cache_dir, resolve
-from steerkit.store import score_texts
+from steerkit.store import Work, score_texts
 
 
 @runtime_checkable
@@ -66,23 +66,23 @@ class Panel:
     by: str = ""
     before: Callable[[Sequence[Asked]], None] | None = None
 
-    def score(self, asked: Sequence[Asked], *, out: str | Path | None = None, progress: bool = True) -> list[pd.Series]:
+    def score(self, asked: Sequence[Asked], work: Work = Work()) -> list[pd.Series]:
         """Return each judge's scores of its texts (columns prompt and text), under their index; equal pairs are judged once.
 
-        out: where the texts are kept; if "{key}" is in it, finished parts of coherence stay beside them and the same call carries on.
+        work.out: where the texts are kept; if "{key}" is in it, finished parts of coherence stay beside them, and the same call carries on.
         """
         pairs = [texts[["prompt", "text"]] for _, texts in asked]
         distinct = [(judge, part.drop_duplicates()) for (judge, _), part in zip(asked, pairs)]
         if self.before:
             self.before(distinct)
-        found = [self._judged(judge, part, out, progress) for judge, part in distinct]
+        found = [self._judged(judge, part, work) for judge, part in distinct]
         return [part.merge(scores, how="left").score.set_axis(part.index) for part, scores in zip(pairs, found)]
 
-    def _judged(self, judge: Judge, pairs: pd.DataFrame, out: str | Path | None, progress: bool) -> pd.DataFrame:
+    def _judged(self, judge: Judge, pairs: pd.DataFrame, work: Work) -> pd.DataFrame:
         read = lambda part: {"score": judge(part.text.tolist(), part.prompt.tolist())}  # noqa: E731
         if not self.by or judge is not self.coherence:
             return pairs.assign(**read(pairs))
-        return score_texts(pairs, read, name="coherence", by=self.by, out=out, progress=progress)
+        return score_texts(pairs, read, name="coherence", by=self.by, work=work)
 
 
 def panel(

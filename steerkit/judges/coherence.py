@@ -164,9 +164,9 @@ def coherence_judge(hf_model, tokenizer, *, fitted: dict | None = None) -> Judge
     the embedded model: `embedded_judge` is the one to use. With `prompts` each text is read as the
     continuation of its prompt.
 
-    >>> from steerkit import models
-    >>> opened = models.open("smollm2-135m")
-    >>> judge = coherence_judge(opened.hf, opened.tokenizer)
+    >>> import steerkit as sk
+    >>> lab = sk.open("smollm2-135m")
+    >>> judge = coherence_judge(lab.hf, lab.tokenizer)
     >>> judge(["I think the bus is late.", "bus bus zq bus the the"]).round().tolist()
     [1.0, 0.0]
     """

@@ -58,9 +58,9 @@ def fit_direction(x: Float[np.ndarray, "texts d"], y: Float[np.ndarray, " texts"
     return fitted.coef_, float(fitted.intercept_)
 
 
-def named(topic: str) -> Concept:
-    """Return the concept of that name; ValueError where data/concepts has none."""
-    known = concepts()
+def named(topic: str, known: dict[str, Concept] | None = None) -> Concept:
+    """Return the concept of that name; ValueError where data/concepts, which may be read already, has none."""
+    known = concepts() if known is None else known
     if topic not in known:
         raise ValueError(f"expected a concept among {sorted(known)}, got {topic!r}; add data/concepts/{topic}.yaml")
     return known[topic]
@@ -78,8 +78,9 @@ def concept_judge(concept: Concept | str, *, others: dict[str, Concept] | None =
     >>> concept_judge("london")(["We took the tube to Camden.", "Potatoes grow in sandy soil."]).round().tolist()
     [1.0, 0.0]
     """
-    concept = named(concept) if isinstance(concept, str) else concept
-    others = concepts() if others is None else others
+    known = concepts() if others is None else None
+    concept = named(concept, known) if isinstance(concept, str) else concept
+    others = known if others is None else others
     fitted = parameters("concept")
     texts, labels = training_set(concept, others)
     w, b = fit_direction(embed(texts), labels, fitted["ridge"])

@@ -14,7 +14,6 @@ from jaxtyping import Float, Num
 from steerkit.engine.decode import Sampling
 from steerkit.engine.generate import Arm, generate
 from steerkit.engine.lab import Lab
-from steerkit.engine.tokens import stop_tokens
 from steerkit.judges import Panel, panel
 from steerkit.store import Work
 
@@ -71,7 +70,7 @@ def steer(
     lost = [arm.name for arm in arms if "topic" not in arm.labels]
     if lost or not arms:
         raise ValueError(f"arms: expected at least one, each with a label `topic`, got {len(arms)}, {lost} without: Arm(..., labels=...)")
-    sampling = replace(sampling, stop=(*sampling.stop, *stop_tokens(lab.tokenizer, lab.hf)))
+    sampling = replace(sampling, stop=(*sampling.stop, *lab.ends))
     settings = {"window": window, "sampling": sampling, "chat": bool(lab.tokenizer.chat_template)}
     settings["work"] = replace(work, batch_size=work.rows(256))
     before, tables = [(prefix or {}).get(arm.labels["topic"], "") for arm in arms], []
@@ -83,7 +82,7 @@ def steer(
     judges, seen = judges or panel(), texts.assign(prompt=texts.instruction)
     mine = {topic: seen[seen.topic == topic] for topic in dict.fromkeys(seen.topic)}
     told = [(judges.coherence, seen), (judges.instruction, seen), *((judges.concept(t), part) for t, part in mine.items())]
-    fluency, instruct, *concept = judges.score(told, out=work.out, progress=work.progress)
+    fluency, instruct, *concept = judges.score(told, work)
     texts = texts.assign(concept=2 * pd.concat(concept), instruct=2 * instruct, fluency=2 * fluency)
     labels = dict.fromkeys(label for arm in arms for label in arm.labels)
     return texts.rename(columns={"scale": "factor"})[["factor", "instruction", "text", *SCORES, *labels]]

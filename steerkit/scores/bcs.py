@@ -14,7 +14,6 @@ from jaxtyping import Float
 from steerkit.engine.decode import Sampling
 from steerkit.engine.generate import BASELINE, generate, grid
 from steerkit.engine.lab import Lab
-from steerkit.engine.tokens import stop_tokens
 from steerkit.files import write_table
 from steerkit.judges import Panel, panel
 from steerkit.stats import Interval, clean, paired_difference
@@ -57,11 +56,11 @@ def sweep(
     aims = [(topic, v) for topic, vectors in by_topic.items() for v in vectors] + [(None, v) for v in shared]
     plain = replace(BASELINE, labels={"topic": None, "method": BASELINE.name})
     arms = [plain, *(arm for topic, v in aims for arm in grid([v], scales, topic=topic, method=v.name))]
-    sampling = replace(protocol.sampling, stop=protocol.sampling.stop or tuple(stop_tokens(lab.tokenizer, lab.hf)))
+    sampling = replace(protocol.sampling, stop=protocol.sampling.stop or lab.ends)
     texts = generate(lab, protocol.prompts, arms, samples=protocol.samples, sampling=sampling, work=work)
     judges, mine = judges or panel(), {topic: texts[(texts.topic == topic) | texts.topic.isna()] for topic in by_topic}
     asked = [(judges.coherence, texts), *((judges.concept(topic), part) for topic, part in mine.items())]
-    coherence, *behaviour = judges.score(asked, out=work.out, progress=work.progress)
+    coherence, *behaviour = judges.score(asked, work)
     rows = [part.assign(topic=t, behaviour=found, coherence=coherence) for (t, part), found in zip(mine.items(), behaviour)]
     columns = ["topic", "method", "scale", "prompt", "sample", "text", "behaviour", "coherence"]
     return pd.concat(rows)[columns].sort_values(columns[:5], ignore_index=True)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from steerkit import data
 from steerkit.engine.lab import Place
 from steerkit.engine.losses import steered_token_losses
 from steerkit.engine.packed import packed_linears
@@ -27,7 +28,6 @@ from steerkit.stats import Interval, bootstrap
 from steerkit.store import Work
 
 COLUMNS = ["sentence_good", "sentence_bad", "field", "UID"]
-FILES = {".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet"}
 QUIET = Work(progress=False)
 
 
@@ -128,15 +128,12 @@ def minimal_pairs(source: str | Path, *, per_uid: int | None = None, seed: int =
     >>> minimal_pairs("nyu-mll/blimp", per_uid=10).UID.value_counts().unique()    # doctest: +SKIP
     array([10])
     """
-    from datasets import get_dataset_config_names, load_dataset
+    from datasets import get_dataset_config_names
 
-    if kind := FILES.get(Path(source).suffix):
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"{source}: expected a file of minimal pairs, got none: check the path, or give a hub data set id")
-        parts = [load_dataset(kind, data_files=str(source), split="train", streaming=True)]
-    else:
-        parts = [load_dataset(str(source), name, split="train", streaming=True) for name in get_dataset_config_names(str(source))]
-    pairs = pd.DataFrame([record for part in parts for record in part])
+    if data.kind(source) and not Path(source).is_file():
+        raise FileNotFoundError(f"{source}: expected a file of minimal pairs, got none: check the path, or give a hub data set id")
+    names = [None] if data.kind(source) else get_dataset_config_names(str(source))
+    pairs = pd.DataFrame([record for name in names for record in data.rows(source, name=name)])
     if absent := [name for name in COLUMNS if name not in pairs]:
         raise ValueError(f"{source}: expected the columns {COLUMNS}, got {list(pairs)}: add or rename {absent}")
     pairs = pairs[COLUMNS]

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steerkit import data
 from steerkit.engine.cpu import native_bfloat16
 from steerkit.engine.steer import residual_blocks
 from steerkit.features import ordinary_positions, residuals
@@ -91,19 +92,13 @@ class Recipe:
 
 
 def records(dataset: str, *, split: str = "train") -> Iterator[dict]:
-    """Yield the records of a .jsonl(.gz) or .parquet file, a hub data set id or a folder, in order."""
+    """Yield the records of a data set (`data.rows`) in order; of .jsonl(.gz) files as they stand, where some hold text, some messages."""
     path = Path(dataset)
     if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             yield from map(json.loads, file)
-        return
-    from datasets import load_dataset
-
-    if path.is_file():
-        kind = {".parquet": "parquet"}.get(path.suffix, "json")
-        yield from load_dataset(kind, data_files=dataset, split="train", streaming=True)
     else:
-        yield from load_dataset(dataset, split=split, streaming=True)
+        yield from data.rows(dataset, split=split)
 
 
 def documents(dataset: str, tokenizer, *, doc_tokens: int = 512, split: str = "train") -> Iterator[tuple[int, str, list[int]]]:

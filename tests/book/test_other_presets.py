@@ -119,7 +119,7 @@ def test_coherence_is_judged_by_the_embedded_model_whatever_wrote_the_texts(monk
     asked = pd.DataFrame({"prompt": prompts, "text": texts}, index=[7, 3, 5])
     panels = [panel(), panel()]
     assert not opened  # not before it is asked
-    found = [one for p in panels for one in p.score([(p.coherence, asked)], progress=False)]
+    found = [one for p in panels for one in p.score([(p.coherence, asked)], Work(progress=False))]
     coherence.embedded_judge.cache_clear()
     assert opened == ["smollm2-135m"] and found[0].index.tolist() == [7, 3, 5]  # once, for all calls
     np.testing.assert_allclose(found[0], coherence.coherence_judge(*judge)(texts, prompts))

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from faults import short_of_memory
 from steered import PROMPTS, QUIET, D, arms, run, vec
 
 import steerkit.engine.generate as G
@@ -96,15 +97,8 @@ def test_labels_do_not_touch_the_texts_nor_what_is_kept(tmp_path):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("pretend"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_halves_the_batch_and_changes_no_text(monkeypatch, error):
     lab = tiny.lab()
-    expected, real, sizes = run(lab, batch_size=24), G.decode, []
-
-    def small_memory(model, prompts, *args, **kwargs):
-        sizes.append(len(prompts))
-        if len(prompts) > 6:
-            raise error
-        return real(model, prompts, *args, **kwargs)
-
-    monkeypatch.setattr(G, "decode", small_memory)
+    expected = run(lab, batch_size=24)
+    sizes = short_of_memory(monkeypatch, G, "decode", rows=6, error=error)
     assert run(lab, batch_size=24).tokens.tolist() == expected.tokens.tolist()
     assert max(sizes) == 24 and sizes[-1] <= 6
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from faults import dies
 from steered import PROMPTS, arms, run, vec
 
 import steerkit.engine.generate as G
@@ -21,15 +22,7 @@ class Killed(BaseException):
 def test_killed_half_way_it_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     lab = tiny.lab()
     run(lab, batch_size=5, out=tmp_path / "whole.jsonl")
-    calls, real = [], G.decode
-
-    def dying(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise Killed
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(G, "decode", dying)
+    calls = dies(monkeypatch, G, "decode", at=3, error=Killed)
     with pytest.raises(Killed):
         run(lab, batch_size=5, out=tmp_path / "resumed.jsonl")
     with (tmp_path / "resumed.jsonl").open("ab") as file:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,6 @@ import pandas as pd
 from steerkit.engine.decode import Sampling
 from steerkit.engine.generate import BASELINE, COLUMNS, Arm, generate
 from steerkit.engine.lab import Lab
-from steerkit.engine.tokens import stop_tokens
 from steerkit.methods.corrsteer import select as corrsteer
 from steerkit.methods.corrsteer.lora import lora
 from steerkit.methods.corrsteer.nulls import permutation_null, shuffled
@@ -99,13 +97,13 @@ def run(lab: Lab, task: Task, plan: Plan = Plan(), *, saes: Mapping[int, object]
     """
     saes = lab.saes if saes is None else saes
     parts = split(task, plan.seed, selection=plan.n_selection, validation=plan.n_validation)
-    first, pooled = select_on(lab, task, parts.selection, plan, saes=saes, work=_below(work, f"{task.name}-select-{{key}}"))
+    first, pooled = select_on(lab, task, parts.selection, plan, saes=saes, work=work.below(f"{task.name}-select-{{key}}"))
     by_kind = first.groupby("kind").correct.mean()
     kinds = tuple(by_kind.index[by_kind.between(*plan.within)]) or tuple(by_kind.index)
     kept = np.flatnonzero(first.kind.isin(kinds))
     first, pooled = first.iloc[kept].reset_index(drop=True), pooled.take(kept)
     valid, test = ([q for q in part if q.kind in kinds] for part in (parts.validation, parts.test))
-    test, asking = tuple(test[: plan.n_test]), _below(work, f"{task.name}-{{key}}.jsonl")
+    test, asking = tuple(test[: plan.n_test]), work.below(f"{task.name}-{{key}}.jsonl")
     picks = methods(lab, task, valid, pooled, first.correct.to_numpy(), plan, saes=saes, work=asking)
     answers = ask(lab, task, test, arms(picks, saes, site=plan.site), work=asking)
     plain = answers[answers.arm == BASELINE.name]
@@ -114,15 +112,9 @@ def run(lab: Lab, task: Task, plan: Plan = Plan(), *, saes: Mapping[int, object]
     return Trial(task, plan, kinds, tuple(parts.selection[i] for i in kept), first, pooled, picks, test, answers)
 
 
-def _below(work: Work, name: str) -> Work:
-    """Return the work kept under a name in the folder `work.out`."""
-    return work if work.out is None else replace(work, out=Path(work.out) / name)
-
-
 def _sampling(lab: Lab, task: Task, allowed: Sequence[int] = ()) -> Sampling:
     """Return how answers to a task are drawn: greedily, up to what ends a text of this model."""
-    stop = tuple(stop_tokens(lab.tokenizer, lab.hf))
-    return Sampling(temperature=0.0, max_new_tokens=task.max_new_tokens, stop=stop, allowed=tuple(allowed))
+    return Sampling(temperature=0.0, max_new_tokens=task.max_new_tokens, stop=lab.ends, allowed=tuple(allowed))
 
 
 def ask(
@@ -243,10 +235,10 @@ def rivals(lab: Lab, found: Trial, *, epochs: float = 1.0, work: Work = Work()) 
     """
     raw = {layer: Raw(lab.at(layer).d_model) for layer in found.pooled.features}
     plan = replace(found.plan, rules=("CorrSteer-A",), controls=())
-    selection, pooled = select_on(lab, found.task, found.asked, plan, saes=raw, work=_below(work, "raw-{key}"))
+    selection, pooled = select_on(lab, found.task, found.asked, plan, saes=raw, work=work.below("raw-{key}"))
     picks = methods(lab, found.task, (), pooled, selection.correct.to_numpy(), plan, saes=raw)["CorrSteer-A"]
     steered = arms({"residual coordinates": picks}, raw, site=plan.site)[1:]
-    answers = [ask(lab, found.task, found.test, steered, work=_below(work, "raw-{key}.jsonl"))] if steered else []
+    answers = [ask(lab, found.task, found.test, steered, work=work.below("raw-{key}.jsonl"))] if steered else []
     answers.append(_tuned(lab, found, epochs, work))
     return pd.concat(answers, ignore_index=True).assign(task=found.task.name, seed=found.plan.seed)
 

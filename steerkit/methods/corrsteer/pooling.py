@@ -13,7 +13,7 @@ from steerkit.engine.decode import Sampling, Watch, decode
 from steerkit.engine.lab import Lab
 from steerkit.engine.memory import halving
 from steerkit.engine.packed import packed_encode
-from steerkit.engine.tokens import prompt_ids, stop_tokens
+from steerkit.engine.tokens import prompt_ids
 from steerkit.inputs import strings
 from steerkit.methods.corrsteer.pooled import Pooled
 from steerkit.progress import bar
@@ -108,7 +108,7 @@ def pool_generations(
     step that predicts the end counts only if it is among the first `min_window` (released: 1 for one-token answers, the
     default there, else 0, so that a text that ends at once has zeros).
     saes: {layer: SAE, or `Raw` for residual coordinates}, by default the lab's. sampling: by default greedy, 32 new tokens, up to
-    what ends a text of this model (`tokens.stop_tokens`). site: "post", or "pre" as released (see `block_of`). Batches of 64 rows
+    what ends a text of this model (`Lab.ends`). site: "post", or "pre" as released (see `block_of`). Batches of 64 rows
     unless work says so; work.out is a folder: finished batches are on disk there, and the same call carries on.
 
     Raises ValueError for a temperature above 0, other settings out of range, or an `out` with another run's files.
@@ -117,7 +117,7 @@ def pool_generations(
     >>> pooled.correlation(13, correct).r().max()         # doctest: +SKIP
     """
     prompts, saes, size = strings("prompts", prompts), dict(lab.saes if saes is None else saes), work.rows(64)
-    sampling = sampling or Sampling(temperature=0.0, stop=tuple(stop_tokens(lab.tokenizer, lab.hf)))
+    sampling = sampling or Sampling(temperature=0.0, stop=lab.ends)
     if not prompts or not saes:
         raise ValueError(f"expected at least one prompt and SAE, got {len(prompts)} and {len(saes)}")
     if sampling.temperature:

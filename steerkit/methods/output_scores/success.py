@@ -5,7 +5,6 @@ Arad, Mueller, Belinkov (arXiv 2505.20063), sections 3 and 4: eq. 7, Appendix E,
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from steerkit.engine.decode import Sampling
 from steerkit.engine.edits import Boost
 from steerkit.engine.generate import Arm, generate
 from steerkit.engine.lab import Lab
-from steerkit.engine.tokens import bare_ids, stop_tokens
+from steerkit.engine.tokens import bare_ids
 from steerkit.inputs import Number, Whole
 from steerkit.judges.coherence import token_losses
 from steerkit.store import Work, fingerprint, score_texts
@@ -69,7 +68,7 @@ def sweep(
     batches of 256 rows unless work says so.
     """
     tables, ids_of = [], {p: bare_ids(lab.tokenizer, p) for p in prompts}
-    stop = (*sampling.stop, *period_tokens(lab.tokenizer), *stop_tokens(lab.tokenizer, lab.hf))
+    stop = (*sampling.stop, *period_tokens(lab.tokenizer), *lab.ends)
     reader = fingerprint(lab.hf, ids_of) if work.out else ""
 
     def losses(part: pd.DataFrame) -> dict[str, list]:
@@ -79,12 +78,11 @@ def sweep(
     for layer, chosen in features.items():
         boosts = [(int(f), Boost(layer, lab.sae(layer), int(f), float(s))) for f in chosen for s in factors]
         arms = [Arm(f"feature {f}", boost, boost.factor, {"feature": f}) for f, boost in boosts]
-        here = replace(work, batch_size=work.rows(256), out=Path(work.out) / f"layer-{layer}-{{key}}.jsonl" if work.out else None)
+        here = replace(work.below(f"layer-{layer}-{{key}}.jsonl"), batch_size=work.rows(256))
         texts = generate(lab, list(prompts), arms, sampling=replace(sampling, stop=stop), window="last", work=here)
         of = dict(zip(map(int, chosen), lens[layer].tolist()))
         counts = {f"at{k}": [hits(t, of[f], k=k) for t, f in zip(texts.tokens, texts.feature)] for k in (1, 5, 20)}
-        kept = {"name": "losses", "by": reader, "out": here.out, "progress": work.progress}
-        nats = score_texts(texts[["prompt", "text", "tokens"]], losses, **kept)
+        nats = score_texts(texts[["prompt", "text", "tokens"]], losses, name="losses", by=reader, work=here)
         table = texts[["prompt", "text"]].assign(layer=layer, feature=texts.feature, factor=texts.scale, **counts)
         tables.append(table.assign(loss=nats.loss, tokens=nats.read))
     return pd.concat(tables, ignore_index=True)

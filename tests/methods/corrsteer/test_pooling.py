@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from faults import dies, short_of_memory
 
 import steerkit.methods.corrsteer.pooling as P
 from steerkit.engine.decode import Sampling, Watch, decode
@@ -139,15 +140,7 @@ def test_raw_coordinates_keep_their_signs():
 def test_an_interrupted_run_carries_on_from_its_files(tmp_path, monkeypatch):
     out = tmp_path / "run-{key}"
     texts, whole = run(batch_size=2)
-    real, calls = P.decode, []
-
-    def dying(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(P, "decode", dying)
+    calls = dies(monkeypatch, P, "decode", at=2)
     with pytest.raises(KeyboardInterrupt):
         run(batch_size=2, out=out)
     again, resumed = run(batch_size=2, out=out)
@@ -161,15 +154,7 @@ def test_an_interrupted_run_carries_on_from_its_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("pretend"), ValueError("else")])
 def test_out_of_memory_halves_the_batch_and_other_errors_do_not(monkeypatch, error):
     texts, whole = run()
-    real, sizes = P.decode, []
-
-    def small(model, ids, *args, **kwargs):
-        sizes.append(len(ids))
-        if len(ids) > 2:
-            raise error
-        return real(model, ids, *args, **kwargs)
-
-    monkeypatch.setattr(P, "decode", small)
+    sizes = short_of_memory(monkeypatch, P, "decode", rows=2, error=error)
     if isinstance(error, ValueError):
         with pytest.raises(ValueError, match="else"):
             run()

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from faults import dies
 
 from recipes import effects as M
 from steerkit.engine.decode import Sampling, draw, uniforms
@@ -177,15 +178,7 @@ def test_a_part_comes_back_as_it_was_put_and_a_damaged_one_is_named(tmp_path):
 
 
 def test_an_interruption_keeps_finished_parts(tmp_path, monkeypatch):
-    real, calls = E.text_features, []
-
-    def stop_at_second(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:  # the baseline, one part, and then
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(E, "text_features", stop_at_second)
+    dies(monkeypatch, E, "text_features", at=3)  # after the baseline and one part
     with pytest.raises(KeyboardInterrupt):
         measure(place(), vectors(5), torch.full((5,), 3.0), scheme=SHORT, work=dataclasses.replace(SMALL, out=tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["part-000000.safetensors"]
