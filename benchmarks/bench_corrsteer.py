@@ -7,11 +7,11 @@ import statistics
 import torch
 from bench_generate import device_line, rates_by_round, write_table
 
+import steerkit as sk
 from steerkit.engine.decode import Sampling, decode
 from steerkit.engine.tokens import prompt_ids
 from steerkit.methods.corrsteer.correlation import Correlation
 from steerkit.methods.corrsteer.pooling import pool_generations
-from steerkit.models import load as models
 from steerkit.store import Work
 
 
@@ -65,9 +65,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, nargs=2, default=[200, 4000])
     args = parser.parse_args()
-    chosen = models.preset(args.preset).sae_set().layers
+    chosen = sk.preset(args.preset).sae_set().layers
     layers = chosen if len(chosen) <= 6 else chosen[:: len(chosen) // 6][:6]
-    lab = models.open(args.preset, layers=layers, device=args.device)
+    lab = sk.open(args.preset, layers=layers, device=args.device)
     prompts = questions(args.batch)
     ids = sorted((prompt_ids(lab.tokenizer, p) for p in prompts), key=len)
     sampling = Sampling(temperature=0.0, max_new_tokens=args.new)

@@ -6,14 +6,15 @@ import time
 import torch
 from bench_generate import device_line, rates_by_round, write_table
 
+import steerkit as sk
 from steerkit.features import residuals
 from steerkit.files import DATA
 from steerkit.methods.sae_ts.approximator import agreement, fit_adam, fit_ridge
 from steerkit.methods.sae_ts.effects import PROMPTS, Scheme, load, text_features, training_vectors
-from steerkit.models import load as models
+from steerkit.models.load import bridge
 
 
-def released_scheme(at, bridge, vectors, scale: float, *, samples: int):
+def released_scheme(at, lensed, vectors, scale: float, *, samples: int):
     """One vector at a time, one TransformerBridge.generate call a prompt, then a second pass without the vector."""
     means = []
     for vector in vectors:
@@ -24,10 +25,10 @@ def released_scheme(at, bridge, vectors, scale: float, *, samples: int):
         total, count = 0, 0
         for prompt in PROMPTS:
             ids, _ = at.lab.tokens([prompt])
-            with bridge.hooks(fwd_hooks=[(f"blocks.{at.layer}.hook_resid_post", add)]):
+            with lensed.hooks(fwd_hooks=[(f"blocks.{at.layer}.hook_resid_post", add)]):
                 new = 32 - ids.shape[1]
                 settings = {"max_new_tokens": new, "do_sample": True, "top_k": 50, "top_p": 0.3, "stop_at_eos": False, "verbose": False}
-                texts = bridge.generate(ids.repeat(samples, 1), **settings)
+                texts = lensed.generate(ids.repeat(samples, 1), **settings)
             with torch.inference_mode():
                 acts = at.sae.encode(residuals(at.model, texts, layers=[at.layer])[at.layer])
             total, count = total + acts[:, 1:].sum((0, 1)), count + acts[:, 1:].shape[:2].numel()
@@ -35,14 +36,14 @@ def released_scheme(at, bridge, vectors, scale: float, *, samples: int):
     return torch.stack(means)
 
 
-def table(at, bridge, *, n: int, slow: int, samples: int, rounds: int) -> list[str]:
+def table(at, lensed, *, n: int, slow: int, samples: int, rounds: int) -> list[str]:
     """Return the rows for one number of samples a prompt: ours with n vectors at once, theirs with `slow` of them."""
     device = at.model.device
     vectors = training_vectors(at.sae.W_dec)[0][:n].to(device)
     scales, scheme = torch.full((n,), 60.0), Scheme(samples=samples)
     calls = {
         "ours": lambda: text_features(at, vectors, scales, scheme=scheme, batch_size=256),
-        "theirs": lambda: released_scheme(at, bridge, vectors[:slow], 60.0, samples=samples),
+        "theirs": lambda: released_scheme(at, lensed, vectors[:slow], 60.0, samples=samples),
     }
     found = rates_by_round(calls, 1, rounds=rounds, synchronize=torch.cuda.synchronize if device.type == "cuda" else lambda: None)
     ours, theirs = ([rate * k for rate in found[name]] for name, k in (("ours", n), ("theirs", slow)))
@@ -78,11 +79,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="texts a prompt in the second pair of rows; the paper: 64")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    at = models.open(args.preset, device=args.device).at()
-    bridge = models.bridge(at.lab)
+    at = sk.open(args.preset, device=args.device).at()
+    lensed = bridge(at.lab)
     rows = ["| what | vectors/s | steerkit / this, median (lowest to highest) |", "|---|---|---|"]
-    rows += table(at, bridge, n=args.vectors, slow=1, samples=1, rounds=args.rounds)
-    rows += table(at, bridge, n=4, slow=1, samples=args.samples, rounds=1)
+    rows += table(at, lensed, n=args.vectors, slow=1, samples=1, rounds=args.rounds)
+    rows += table(at, lensed, n=4, slow=1, samples=args.samples, rounds=1)
     shipped = DATA / "effects" / args.preset / f"layer_{at.layer}.safetensors"
     if shipped.exists():
         rows += ["", "| fit of the approximator | seconds | held-out R2 | held-out cosine |", "|---|---|---|---|"]

@@ -8,11 +8,12 @@ import time
 
 import torch
 
+import steerkit as sk
 from steerkit.book.report import device
 from steerkit.engine.generate import Arm, Sampling, Work, generate
 from steerkit.engine.steer import Add, steering
 from steerkit.files import ROOT, write_atomic
-from steerkit.models import load as models
+from steerkit.models.load import bridge
 
 MARK = "<!-- table: {} -->"
 
@@ -33,7 +34,7 @@ def rates_by_round(calls: dict, tokens: int, *, rounds: int, synchronize) -> dic
 
 def contenders(lab, *, batch: int, new: int):
     """Return name -> call: the same model, vector, scale, prompt and number of new tokens for each."""
-    model, layer, bridge = lab.hf, lab.at().layer, models.bridge(lab)
+    model, layer, lensed = lab.hf, lab.at().layer, bridge(lab)
     unit = torch.nn.functional.normalize(torch.randn(lab.at().d_model, generator=torch.Generator().manual_seed(0)), dim=0)
     scale, prompt = 40.0, "I think"
     ids, mask = (t.repeat(batch, 1) for t in lab.tokens([prompt]))
@@ -60,8 +61,8 @@ def contenders(lab, *, batch: int, new: int):
         def add(resid, hook=None):
             return resid + scale * device_unit
 
-        with bridge.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", add)]):
-            bridge.generate(ids[:rows], max_new_tokens=new, do_sample=True, top_k=50, stop_at_eos=False, verbose=False)
+        with lensed.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", add)]):
+            lensed.generate(ids[:rows], max_new_tokens=new, do_sample=True, top_k=50, stop_at_eos=False, verbose=False)
 
     def bridge_by_vector():
         """The same for eight vectors: a hook that adds one vector to the batch takes a call for each."""
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    lab = models.open(args.preset, device=args.device, dtype=args.dtype)
+    lab = sk.open(args.preset, device=args.device, dtype=args.dtype)
     rows = table(lab, batch=args.batch, new=args.new, rounds=args.rounds)
     settings = f"{args.preset}, {args.dtype}, batch {args.batch}, {args.new} new tokens, top-k 50, vector at layer {lab.at().layer}"
     about = f"{settings}. {device_line()}. Medians of {args.rounds} rounds, in which all take turns."

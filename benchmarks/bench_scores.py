@@ -6,11 +6,11 @@ import statistics
 import torch
 from bench_generate import device_line, rates_by_round, write_table
 
+import steerkit as sk
 from steerkit.engine.lab import Place
 from steerkit.engine.packed import packed_linears
 from steerkit.engine.steer import Boost, residual_blocks, steering
 from steerkit.methods.output_scores.score import PROMPT, lens_tokens, output_scores, rank_weighted
-from steerkit.models import load as models
 
 OURS = "steerkit.methods.output_scores.score"
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    lab = models.open(args.preset, layers=args.layers, device=args.device)
+    lab = sk.open(args.preset, layers=args.layers, device=args.device)
     rows = ["| layer | what | features/s | steerkit / this, median (lowest to highest) |", "|---|---|---|---|"]
     for at in map(lab.at, args.layers):
         lens = lens_tokens(lab.hf, at.sae.W_dec[: args.features])

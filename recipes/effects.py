@@ -8,14 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from steerkit.engine.lab import Lab, Place
+from steerkit.engine.lab import Place
 from steerkit.files import resolve, write_atomic
 from steerkit.methods.sae_ts.approximator import budget
-from steerkit.methods.sae_ts.calibrate import calibrate, calibration_rows
+from steerkit.methods.sae_ts.calibration import calibrate, calibration_rows
 from steerkit.methods.sae_ts.effects import Effects, Scheme, measure, save, training_vectors, unsteered
-from steerkit.models.jumprelu import JumpReLU
-from steerkit.models.load import load_model, preset
-from steerkit.models.saes import load_sae
+from steerkit.models import load
 from steerkit.store import Parts, Work, fingerprint
 
 
@@ -40,7 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--n-shards", type=int, default=1)
     parser.add_argument("--ship", help="once all blocks are there, write them to this file")
     args = parser.parse_args(argv)
-    at = _place(args)
+    spec = load.preset(args.preset)
+    layer = spec.primary_layer if args.layer is None else args.layer
+    at = load.open(spec, layers=[layer], saes=args.saes, device=args.device, dtype=args.dtype, check=not args.saes).at(layer)
     vectors, held = (t[: args.first] for t in training_vectors(at.sae.W_dec))
     ids = calibration_rows(at.tokenizer, resolve(args.text).read_text(encoding="utf-8"), rows=args.text_rows)
     folder, scheme = Path(args.out), Scheme(samples=args.samples)
@@ -59,15 +59,6 @@ def main(argv: list[str] | None = None) -> None:
         about |= {"text_rows": args.text_rows, "dtype": str(at.model.dtype).removeprefix("torch.")}
         about |= {"prompts": len(scheme.prompts), "samples": scheme.samples}
         _ship(resolve(args.ship), {repeat: _join(blocks, base) for repeat, blocks in found.items()}, held, about)
-
-
-def _place(args) -> Place:
-    """Open the model, and the one SAE that is asked for."""
-    spec = preset(args.preset)
-    layer = spec.primary_layer if args.layer is None else args.layer
-    model, tokenizer = load_model(spec, device=args.device, dtype=args.dtype)
-    sae = JumpReLU(args.saes / f"layer_{layer}", model.device) if args.saes else load_sae(spec, spec.sae_set(), layer, hf=model)
-    return Lab(spec, model, tokenizer, {layer: sae}).at(layer)
 
 
 def _join(blocks: list[Effects], baseline: Tensor) -> Effects:

@@ -15,6 +15,7 @@ from recipes import judge_fitting as fitting
 from steerkit.concept import concepts
 from steerkit.files import DATA, write_atomic
 from steerkit.judges import coherence, concept, refusal
+from steerkit.models import load
 from steerkit.stats import Interval, bootstrap
 
 
@@ -126,9 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     table += refusal_table(completions)
     save("refusal", fitting.fit_refusal(completions))
 
-    from steerkit.models import load as models
-
-    lab, data = models.open("smollm2-135m"), fitting.rows(labelled / "fluency_dev.jsonl.gz")
+    lab, data = load.open("smollm2-135m"), fitting.rows(labelled / "fluency_dev.jsonl.gz")
     names, x = fitting.labelled_features(lab.hf, lab.tokenizer, [row["text"] for row in data], options.cache)
     y, groups = np.array([row["fluency"] for row in data]), np.array([row["feature"] for row in data])
     own = fitting.anchor_features(lab.hf, lab.tokenizer)

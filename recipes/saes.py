@@ -14,7 +14,7 @@ from steerkit.concept import concepts
 from steerkit.engine.lab import Lab
 from steerkit.engine.packed import packed_linears
 from steerkit.files import DATA, cache_dir, resolve, write_atomic
-from steerkit.models import load as models
+from steerkit.models import load
 from steerkit.models.jumprelu import JumpReLU
 from steerkit.training import quality, train
 from steerkit.training.harvest import Recipe, Sae, Stream, token_rows
@@ -26,16 +26,16 @@ HEAD = "| layer | FVU | L0 | dead | loss recovered (zero) | loss recovered (mean
 def train_all(args: argparse.Namespace) -> None:
     """Train SAEs, all layers in one pass over the text; the same command goes on where it was cut off."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    spec = models.preset(args.preset)
+    spec = load.preset(args.preset)
     recipe = Recipe(tuple(args.saes), outlier=float(spec.outlier), **{name: getattr(args, name) for name in SETTINGS})
-    stream = Stream(*models.load_model(spec, device=args.device), args.dataset, recipe, args.llm_batch)
+    stream = Stream(*load.load_model(spec, device=args.device), args.dataset, recipe, args.llm_batch)
     train.make(stream, args.work / "checkpoint.safetensors", args.out, fast=args.compile)
 
 
 def measure_saes(args: argparse.Namespace) -> None:
     """Measure a preset's SAEs on text that they did not see: quality.csv beside them, and the table of data/README.md."""
-    spec = models.preset(args.preset)
-    lab = models.open(spec, layers=spec.layers, device=args.device, check=False)
+    spec = load.preset(args.preset)
+    lab = load.open(spec, layers=spec.layers, device=args.device, check=False)
     rows = torch.stack(list(islice(token_rows(args.dataset, lab.tokenizer), args.rows)))
     with packed_linears(lab.hf):
         table, losses = quality.fit(lab, rows)[0], quality.loss_recovered(lab, rows[: args.loss_rows])
@@ -53,8 +53,8 @@ def measure_saes(args: argparse.Namespace) -> None:
 
 def measure_features(args: argparse.Namespace) -> None:
     """Measure the features of every SAE below some folders on text that no SAE saw: a table, feature cards beside it."""
-    spec = models.preset(args.preset)
-    model, tokenizer = models.load_model(spec, device=args.device)
+    spec = load.preset(args.preset)
+    model, tokenizer = load.load_model(spec, device=args.device)
     paths = sorted(p.parent for folder in args.folders for p in folder.glob("**/sae_weights.safetensors"))
     saes = {path: JumpReLU(path, model.device) for path in paths}
     layers = tuple(sorted({sae.layer for sae in saes.values()}))

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from steerkit.engine.lab import Lab
 from steerkit.files import resolve, write_table
 from steerkit.methods.output_scores.inputs import collect, input_scores
 from steerkit.methods.output_scores.score import lens_tokens, output_scores
 from steerkit.methods.output_scores.success import cooccurrence, sample_features
-from steerkit.models import load as models
-from steerkit.models.jumprelu import JumpReLU
+from steerkit.models import load
 from steerkit.training.harvest import token_rows
 
 
@@ -29,13 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sample", type=int, default=100, help="features of each layer whose token pairs are counted")
     parser.add_argument("--out", required=True)
     args = parser.parse_args(argv)
-    spec, out = models.preset(args.preset), resolve(args.out)
-    if args.saes:
-        layers = args.layers or sorted(int(p.name[6:]) for p in args.saes.glob("layer_*"))
-        model, tokenizer = models.load_model(spec, device=args.device)
-        lab = Lab(spec, model, tokenizer, {layer: JumpReLU(args.saes / f"layer_{layer}", model.device) for layer in layers})
-    else:
-        lab = models.open(spec, layers=args.layers or spec.layers, device=args.device)
+    spec, out = load.preset(args.preset), resolve(args.out)
+    layers = args.layers or spec.sae_set(args.saes).layers
+    lab = load.open(spec, layers=layers, saes=args.saes, device=args.device, check=not args.saes)
     lens = {layer: lens_tokens(lab.hf, sae.W_dec) for layer, sae in lab.saes.items()}
     text = lambda n: islice(token_rows(args.text, lab.tokenizer), n)  # noqa: E731
     tables, paper = [], {"prompt": "In my experience,", "subtract": True, "keep_error": False}

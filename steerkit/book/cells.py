@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from steerkit.book.stamp import digest
+from steerkit.book.provenance import digest
 from steerkit.progress import about
 
 

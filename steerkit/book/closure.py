@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from steerkit.book.stamp import digest, text
+from steerkit.book.provenance import digest, text
 
 ROOMS = ("steerkit", "recipes")
 _NAMED = re.compile(rf"({'|'.join(ROOMS)})(\.\w+)*")

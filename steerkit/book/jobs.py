@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from steerkit.book import stamp as provenance
+from steerkit.book import provenance
 from steerkit.book.closure import closure
 from steerkit.files import ROOT
 

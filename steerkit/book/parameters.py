@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
-from steerkit.book.stamp import tags
+from steerkit.book.provenance import tags
 
 MARK = "# Parameters"  # the first line of the cell that papermill injects
 TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict)}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from steerkit.book import stamp as provenance
+from steerkit.book import provenance
 from steerkit.book.cards import VERDICTS, Card, compare, verdict
 from steerkit.book.figures import METHOD_COLOURS, METHOD_MARKERS, Figure, band, check_figure, finding, numbers, panels, plain, png, style
 from steerkit.book.parameters import check_kernel

@@ -11,12 +11,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from steerkit.book import stamp as provenance
+from steerkit.book import provenance
 from steerkit.book.cells import Cells
 from steerkit.book.jobs import Job, jobs, select
 from steerkit.book.parameters import check_parameters, parameters
+from steerkit.book.provenance import INJECTED, check_stamp, leaks, stamp, tags
 from steerkit.book.report import results_table
-from steerkit.book.stamp import INJECTED, check_stamp, leaks, stamp, tags
 from steerkit.files import ROOT, check_writable, write_atomic
 from steerkit.progress import about
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from steerkit.engine.lab import Lab
 from steerkit.engine.steer import residual_blocks
 from steerkit.models import fetch
 from steerkit.models.check import self_check
+from steerkit.models.jumprelu import JumpReLU
 from steerkit.models.presets import Preset, SaeSet, preset, presets
 from steerkit.models.saes import centre_writing_weights, explain, load_sae, wants_centring
 from steerkit.progress import quiet
@@ -48,13 +50,14 @@ def open(
     device: str = "auto",
     dtype: str | torch.dtype | None = None,
     check: bool = True,
-    saes: str | None = None,
+    saes: str | Path | None = None,
 ) -> Lab:
     """Open a preset's model, tokenizer and SAEs.
 
     layers restricts the SAEs and loads them now; by default the primary layer's is loaded and the others on first use.
     device: "auto" is a GPU where there is one. dtype: the preset's by default; what "auto" and bfloat16 become is
-    `choose_dtype`'s to say. saes picks a named SAE set. check compares each SAE, when it is loaded, with the recorded
+    `choose_dtype`'s to say. saes picks a named SAE set, or as a Path a folder of your own (layer_N, JumpReLU in sae_lens's disk
+    format, which is then not needed to read them). check compares each SAE, when it is loaded, with the recorded
     FVU and L0 (`self_check`).
 
     Raises ValueError for an unknown preset or set, a layer without an SAE, a damaged, non-finite or mismatched SAE;
@@ -69,7 +72,11 @@ def open(
     if wrong := [layer for layer in first if layer not in chosen.layers]:
         raise ValueError(f"{spec.name}: no SAE for layer {wrong[0]!r}; layers with an SAE: {chosen.layers}")
     hf, tokenizer = load_model(spec, device=device, dtype=dtype)
-    ready = {layer: load_sae(spec, chosen, layer, hf=hf) for layer in first}
+
+    def read(layer: int):
+        return JumpReLU(saes / chosen.sae_id(layer), hf.device) if isinstance(saes, Path) else load_sae(spec, chosen, layer, hf=hf)
+
+    ready = {layer: read(layer) for layer in first}
     centred = {wants_centring(sae) for sae in ready.values()}
     if len(centred) > 1:
         raise ValueError(f"{spec.name}: SAEs of layers {first} disagree on centred weights; open them one by one")
@@ -77,7 +84,7 @@ def open(
         centre_writing_weights(hf)
 
     def load(layer: int):
-        sae = load_sae(spec, chosen, layer, hf=hf)
+        sae = read(layer)
         if centred and wants_centring(sae) not in centred:
             raise ValueError(f"{spec.name}: layer {layer}'s SAE wants other weights; use open(..., layers=[{layer}])")
         if check:

@@ -55,10 +55,10 @@ class SaeSet:
 
     def published_l0(self, layer: int) -> float | None:
         """Return the L0 that sae_lens's registry or the SAE's path states, None where neither does."""
-        from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
         if self.release is None:
             return None
+        from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
         entry, name = get_pretrained_saes_directory()[self.release], self.sae_id(layer)
         in_path = re.search(r"l0_(\d+)", entry.saes_map[name])
         return entry.expected_l0[name] or (float(in_path[1]) if in_path else None)
@@ -114,8 +114,13 @@ class Preset:
             raise ValueError(f"{self.name}: expected a layer with an SAE, {self.layers}, or -1 for the preset's own, got {asked}")
         return self.primary_layer if asked == -1 else asked
 
-    def sae_set(self, name: str | None = None) -> SaeSet:
-        """Return a named SAE set, the default one for None."""
+    def sae_set(self, name: str | Path | None = None) -> SaeSet:
+        """Return a named SAE set, the default one for None; a path is a folder of one's own SAEs, layer_N."""
+        if isinstance(name, Path):
+            layers = sorted(int(p.name.removeprefix("layer_")) for p in name.glob("layer_*") if p.name[6:].isdigit())
+            if not layers:
+                raise ValueError(f"{name}: expected a folder of SAEs named layer_<number>, got none: check the path, or train some first")
+            return SaeSet(id="layer_{layer}", layers=layers, folder=str(name))
         if name is not None and name not in self.saes:
             raise ValueError(f"{self.name}: expected an SAE set of {', '.join(self.saes)}, got {name!r}")
         return self.saes[name or next(iter(self.saes))]

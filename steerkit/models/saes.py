@@ -97,7 +97,8 @@ def explain(error: Exception, what: str, spec: Preset) -> Exception:
 
 def wants_centring(sae) -> bool:
     """Say whether the SAE was trained on centred writing weights; any other demand on the weights is a ValueError."""
-    wants = {k: v for k, v in (sae.cfg.metadata.model_from_pretrained_kwargs or {}).items() if v and "dtype" not in k}
+    kwargs = sae.cfg.metadata.model_from_pretrained_kwargs if hasattr(sae, "cfg") else {}
+    wants = {k: v for k, v in (kwargs or {}).items() if v and "dtype" not in k}
     if unknown := set(wants) - {"center_writing_weights"}:
         raise ValueError(
             "weight processing: expected at most center_writing_weights, got an SAE that demands "

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import types
 from pathlib import Path
 
 import cells
@@ -20,11 +19,11 @@ from torch import nn
 
 from recipes import effects as measure_effects
 from steerkit.book import run
+from steerkit.engine.lab import Lab
 from steerkit.judges import coherence
-from steerkit.methods.corrsteer import experiment as trial
-from steerkit.methods.sae_ts import approximator, effects
-from steerkit.methods.sae_ts import files as published
-from steerkit.models import load as models
+from steerkit.methods.corrsteer import trial
+from steerkit.methods.sae_ts import approximator, effects, published
+from steerkit.models import load
 
 PROJECT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
@@ -123,11 +122,10 @@ def test_gradients_stay_on_the_gpu_and_are_those_of_the_cpu():
 
 def test_the_recipe_of_effects_runs_on_a_gpu(tmp_path, monkeypatch):
     """The command end to end, its calibration included; what it ships is read on a machine without one."""
-    spec = types.SimpleNamespace(name="tiny", primary_layer=1, outlier=1e9, sae_set=lambda: None)
-    rows = measure_effects.training_vectors
-    monkeypatch.setattr(measure_effects, "preset", lambda name: spec)
-    monkeypatch.setattr(measure_effects, "load_model", lambda *_, **__: (tiny.model("llama").to("cuda"), tiny.tokenizer()))
-    monkeypatch.setattr(measure_effects, "load_sae", lambda *_, **__: tiny.planted_sae().to("cuda"))
+    rows, spec = measure_effects.training_vectors, tiny.lab(outlier=1e9).preset
+    opened = lambda *_, **__: Lab(spec, tiny.model("llama").to("cuda"), tiny.tokenizer(), {1: tiny.planted_sae().to("cuda")})  # noqa: E731
+    monkeypatch.setattr(load, "preset", lambda name: spec)
+    monkeypatch.setattr(load, "open", opened)
     monkeypatch.setattr(measure_effects, "training_vectors", lambda W: rows(W, n_held=4))
     monkeypatch.setattr(measure_effects, "budget", lambda *_, **__: pd.DataFrame({"prompts": [2]}))
     monkeypatch.setattr(measure_effects, "Scheme", functools.partial(effects.Scheme, prompts=("", "ab"), length=8))
@@ -151,7 +149,7 @@ class Through(nn.Module):
 @pytest.fixture(scope="module")
 def small():
     """The embedded model and its tokenizer, most blocks emptied: the paths are what is tested, not the texts."""
-    model, tokenizer = models.load_model(models.preset("smollm2-135m"), device="cpu")
+    model, tokenizer = load.load_model(load.preset("smollm2-135m"), device="cpu")
     for at in set(range(len(model.model.layers))) - set(KEPT):
         model.model.layers[at] = Through()
     return model, tokenizer
@@ -159,19 +157,19 @@ def small():
 
 @pytest.fixture
 def on_gpu(small, monkeypatch):
-    """A GPU, and `models.open` with the small model on it; ridge fits without cross-validation."""
+    """A GPU, and `load.open` with the small model on it; ridge fits without cross-validation."""
     real, coin = trial.graded, np.random.default_rng(0)
     quick = functools.partial(approximator.fit_ridge, penalties=(1.0,))
 
-    def load(_spec, *, device="auto", dtype=None):
+    def small_model(_spec, *, device="auto", dtype=None):
         return copy.deepcopy(small[0]).to("cuda" if device == "auto" else device), small[1]
 
     def graded(task, texts, questions):  # so that there are features to select
         rows, grader = real(task, texts, questions)
         return rows.assign(correct=coin.integers(2, size=len(rows))), grader
 
-    monkeypatch.setattr(models, "load_model", load)
-    monkeypatch.setattr(models, "self_check", lambda *_: [])
+    monkeypatch.setattr(load, "load_model", small_model)
+    monkeypatch.setattr(load, "self_check", lambda *_: [])
     monkeypatch.setattr(trial, "graded", graded)
     text_features = effects.text_features
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from steerkit.book import run
-from steerkit.methods.sae_ts import files as published
-from steerkit.models import load as models
+from steerkit.methods.sae_ts import published
+from steerkit.models import load
 
 PROJECT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
@@ -95,7 +95,7 @@ def test_defaults_follow_the_preset():
     for path in NOTEBOOKS:
         found = run.parameters(read(path))
         assert {name: found[name].default for name in own if name in found} == {name: own[name] for name in own if name in found}
-    spec = models.preset("smollm2-135m")
+    spec = load.preset("smollm2-135m")
     assert (spec.layer(), spec.layers, spec.layers[-2:-1]) == (13, [3, 8, 13, 18, 23, 28], [23])
     assert published.source("", spec, 13) == "data/effects/smollm2-135m/layer_13.safetensors"
 

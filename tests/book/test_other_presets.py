@@ -14,10 +14,10 @@ from steerkit.engine.generate import Arm, Sampling, Work
 from steerkit.engine.lab import Lab
 from steerkit.files import ROOT
 from steerkit.judges import Panel, coherence, panel
-from steerkit.methods.corrsteer import experiment as trial
+from steerkit.methods.corrsteer import trial
 from steerkit.methods.output_scores import score
-from steerkit.methods.sae_ts import calibrate as calibration
-from steerkit.models import load as models
+from steerkit.methods.sae_ts import calibration
+from steerkit.models import load
 from steerkit.questions import Task
 from steerkit.scores import axbench
 from steerkit.training import quality
@@ -38,14 +38,14 @@ REFUSED = {
 def gpt2(tmp_path, monkeypatch):
     """A hub cache with a tiny GPT-2 that has no chat template, and SAEs of the released (ReLU) kind for all 12 layers."""
     hub = tiny.offline_hub(monkeypatch, tmp_path / "hub")
-    spec = models.preset("gpt2-small")
+    spec = load.preset("gpt2-small")
     tiny.put_model(hub, spec.hub, "gpt2", n_layers=12)
     (tiny.snapshot(hub, spec.hub) / "chat_template.jinja").unlink()
     chosen = spec.sae_set()
     for layer in chosen.layers:
         tiny.put_sae(hub, chosen.release, chosen.sae_id(layer), tiny.planted())
     tiny.shrink(monkeypatch, chosen.release)
-    monkeypatch.setattr(models, "self_check", lambda *_: [])  # the planted SAEs are not as sparse as the released ones
+    monkeypatch.setattr(load, "self_check", lambda *_: [])  # the planted SAEs are not as sparse as the released ones
     monkeypatch.setattr(coherence, "embedded_judge", lambda: lambda texts, prompts=None: np.ones(len(texts)))
     return spec
 
@@ -64,7 +64,7 @@ def notebook(name, tmp_path, **given):
 def test_what_cannot_be_done_is_said_in_the_first_cell(name, gpt2, tmp_path, monkeypatch):
     kind, words = REFUSED[name]
     if name != "07_corrsteer":  # the others know it before they open the model
-        monkeypatch.setattr(models, "load_model", lambda *_a, **_k: pytest.fail("the model was opened first"))
+        monkeypatch.setattr(load, "load_model", lambda *_a, **_k: pytest.fail("the model was opened first"))
     with pytest.raises(kind, match=words):
         notebook(name, tmp_path)
 
@@ -83,7 +83,7 @@ def test_training_takes_relu_saes_and_shows_no_card_of_another_preset(gpt2, tmp_
 
 
 def test_a_layer_is_the_one_asked_for_or_the_presets_own():
-    spec = models.preset("gpt2-small")
+    spec = load.preset("gpt2-small")
     assert (spec.layer(), spec.layer(-1), spec.layer(3), spec.layer(0)) == (7, 7, 3, 0)
     for wrong in (12, -2):
         with pytest.raises(ValueError, match=f"expected a layer with an SAE, .*or -1 for the preset's own, got {wrong}"):
@@ -113,7 +113,7 @@ def test_calibration_rows_without_a_first_token_hold_text_alone():
 
 def test_coherence_is_judged_by_the_embedded_model_whatever_wrote_the_texts(monkeypatch):
     opened, judge = [], (tiny.model("llama", seed=3), tiny.tokenizer())
-    monkeypatch.setattr(models, "load_model", lambda spec, **_: opened.append(spec.name) or judge)
+    monkeypatch.setattr(load, "load_model", lambda spec, **_: opened.append(spec.name) or judge)
     coherence.embedded_judge.cache_clear()
     prompts, texts = ["Once", "So", "Once"], [" upon a time there was a cat.", " zq zq zq zq", " upon a time there was a cat."]
     asked = pd.DataFrame({"prompt": prompts, "text": texts}, index=[7, 3, 5])
@@ -133,7 +133,7 @@ def test_a_model_without_a_chat_template_is_asked_in_plain_text():
     judges = Panel("planted", lambda topic: fine, fine, fine)
     model = tiny.model("llama")
     model.base_model.register_forward_pre_hook(lambda _m, _a, kwargs: asked.append(kwargs["input_ids"]), with_kwargs=True)
-    lab, arms = Lab(models.preset("pythia-70m"), model, tok), [Arm("none", labels={"topic": "love"})]
+    lab, arms = Lab(load.preset("pythia-70m"), model, tok), [Arm("none", labels={"topic": "love"})]
     axbench.steer(lab, arms, ["Why?", "Who?"], judges=judges, sampling=Sampling(max_new_tokens=2), work=Work(progress=False))
     assert tok.decode(asked[0][0]) == "<bos>Why" and torch.is_tensor(asked[0])
     chat, plain = (Task(name, "letter", 1, name == "x", {"selection": ()}) for name in "xy")

@@ -12,7 +12,7 @@ from steerkit.engine import cpu, packed
 from steerkit.engine.losses import next_token_losses
 from steerkit.features import token_batches
 from steerkit.files import DATA
-from steerkit.models import load as models
+from steerkit.models import load
 from steerkit.models.check import measure
 from steerkit.training import harvest
 
@@ -69,7 +69,7 @@ def test_the_two_dtypes_agree_within_what_is_said():
     """On the check texts: mean loss within 0.05 nats (measured: 0.023 higher in bfloat16), FVU within 0.002, L0 within 1 %."""
     texts, found = (DATA / "check_texts.txt").read_text().splitlines(), {}
     for dtype in (torch.float32, torch.bfloat16):
-        lab = models.open("smollm2-135m", layers=[13])
+        lab = load.open("smollm2-135m", layers=[13])
         lab.hf.to(dtype)
         ids, mask = next(iter(token_batches(lab.tokenizer, texts)))
         with torch.inference_mode():

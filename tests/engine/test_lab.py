@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from steerkit.engine.lab import Lab
-from steerkit.models import load as models
+from steerkit.models import load
 
 
 @pytest.mark.parametrize("primary", [0, 2])
@@ -38,7 +38,7 @@ def test_an_sae_that_is_not_there_is_named_with_those_that_are():
 
 
 def test_tokens_are_left_padded(hub, tmp_path):
-    lab = models.open(tiny.local_preset(hub, tmp_path), check=False)
+    lab = load.open(tiny.local_preset(hub, tmp_path), check=False)
     ids, mask = lab.tokens(["abc", "a<eos>"])
     plain = [lab.tokenizer.convert_tokens_to_ids(list("abc")), [lab.tokenizer.convert_tokens_to_ids("a"), 2]]
     assert ids.tolist() == [[1, *plain[0]], [0, 1, *plain[1]]] and mask.tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
@@ -46,7 +46,7 @@ def test_tokens_are_left_padded(hub, tmp_path):
     assert ids.tolist() == [plain[0]] and mask.tolist() == [[1, 1, 1]]
     chat, _ = lab.tokens(["Hi"], chat=True)
     assert lab.tokenizer.decode(chat[0]) == "<bos>[user] Hi\n[assistant] "
-    assert torch.equal(models.bridge(lab).to_tokens("abc"), lab.tokens(["abc"])[0])
+    assert torch.equal(load.bridge(lab).to_tokens("abc"), lab.tokens(["abc"])[0])
     for wrong in ([], [""]):
         with pytest.raises(ValueError, match="at least one token"):
             lab.tokens(wrong, bos=False)

@@ -12,7 +12,7 @@ from steerkit.engine.lab import Lab
 from steerkit.engine.losses import next_token_losses, steered_token_losses
 from steerkit.engine.steer import Ablate, Add, real_tokens, selected_positions, steering
 from steerkit.features import residuals
-from steerkit.models import load as models
+from steerkit.models import load
 
 KINDS = ["llama", "gemma2", "gemma3", "qwen3", "gpt2", "gptneox"]
 
@@ -104,7 +104,7 @@ def test_an_exception_inside_leaves_no_hook():
 )
 def test_transformer_lens_steers_to_the_same_logits(kind, preset, monkeypatch, tmp_path):
     """Plain functions at the hook points of a TransformerBridge over the same weights are the oracle."""
-    spec = models.preset(preset)
+    spec = load.preset(preset)
     hub, v, scales, u = tiny.offline_hub(monkeypatch, tmp_path), unit(rows=2), torch.tensor([2.0, 6.0]), unit(7)
     lab = Lab(spec, tiny.put_model(hub, spec.hub, kind), tiny.tokenizer())
     ids = torch.randint(5, 200, (2, 6), generator=torch.Generator().manual_seed(4))
@@ -118,7 +118,7 @@ def test_transformer_lens_steers_to_the_same_logits(kind, preset, monkeypatch, t
 
     points = [("blocks.1.hook_resid_post", add), ("blocks.2.hook_resid_post", ablate)]
     with torch.inference_mode():
-        theirs = models.bridge(lab).run_with_hooks(ids, fwd_hooks=points)
+        theirs = load.bridge(lab).run_with_hooks(ids, fwd_hooks=points)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 

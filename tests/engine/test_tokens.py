@@ -8,14 +8,13 @@ from steerkit.engine.generate import Arm, Sampling, Work, generate
 from steerkit.engine.tokens import bare_ids, closing_tokens, prompt_ids, stop_tokens, text_ids
 from steerkit.features import token_batches
 from steerkit.judges.coherence import split
-from steerkit.methods.corrsteer import experiment as trial
+from steerkit.methods.corrsteer import trial
 from steerkit.methods.corrsteer.lora import lora
 from steerkit.methods.corrsteer.pooling import pool_generations
 from steerkit.methods.output_scores import success
-from steerkit.methods.sae_ts.calibrate import calibration_rows
+from steerkit.methods.sae_ts.calibration import calibration_rows
 from steerkit.questions import Question, Task
-from steerkit.scores import axbench
-from steerkit.scores import bcs as evaluate
+from steerkit.scores import axbench, bcs
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}~{% endfor %}"
@@ -81,7 +80,7 @@ def test_every_part_stops_at_the_models_own_end_token(monkeypatch, ends):
         seen.append(set(sampling.stop))
         raise Enough
 
-    for module in (axbench, evaluate, success, trial):
+    for module in (axbench, bcs, success, trial):
         monkeypatch.setattr(module, "generate", watch)
     monkeypatch.setattr("steerkit.methods.corrsteer.pooling.decode", watch)
     monkeypatch.setattr(success, "period_tokens", lambda tok: [])
@@ -90,7 +89,7 @@ def test_every_part_stops_at_the_models_own_end_token(monkeypatch, ends):
         lab.hf.generation_config.eos_token_id = [2, 107]
     for call in (
         lambda: axbench.steer(lab, [Arm("a", labels={"topic": "love"})], ["a"]),
-        lambda: evaluate.sweep(lab, {}),
+        lambda: bcs.sweep(lab, {}),
         lambda: success.sweep(lab, {1: [0]}, {1: torch.tensor([[1]])}, prompts=["a"]),
         lambda: trial.ask(lab, task, [question("So")]),
         lambda: pool_generations(lab, ["a"]),

@@ -253,9 +253,9 @@ def test_features_equal_plain_counting():
 
 @pytest.fixture(scope="module")
 def embedded():
-    from steerkit.models import load as models
+    from steerkit.models import load
 
-    opened = models.open("smollm2-135m", check=False)
+    opened = load.open("smollm2-135m", check=False)
     return opened.hf, opened.tokenizer
 
 

@@ -12,7 +12,7 @@ import torch
 from steerkit.features import ordinary_positions, residuals
 from steerkit.files import DATA, ROOT
 from steerkit.models import check as selfcheck
-from steerkit.models import load as models
+from steerkit.models import load
 from steerkit.models.presets import presets
 
 
@@ -30,34 +30,34 @@ def lossy(hf, layer, ids, mask, keep):
 def test_an_sae_of_another_layer_is_caught(hub, tmp_path):
     """SAEs of layers 1 and 2, recorded, then swapped: the check must stop, with numbers and what to do."""
     spec = tiny.local_preset(hub, tmp_path)
-    lab = models.open(spec, check=False)
+    lab = load.open(spec, check=False)
     ids, mask = lab.tokens((DATA / "check_texts.txt").read_text().splitlines())
     weights = {layer: lossy(lab.hf, layer, ids, mask, 24) for layer in (1, 2)}
     for layer in (1, 2):
         tiny.put_disk_sae(tmp_path / "saes" / f"layer_{layer}", layer, weights[layer])
-    measured = selfcheck.measure(lab, dict(models.open(spec, layers=[1, 2], check=False).saes))
+    measured = selfcheck.measure(lab, dict(load.open(spec, layers=[1, 2], check=False).saes))
     expect = {layer: {"fvu": row["fvu"], "l0": row["l0"]} for layer, row in measured.items()}
     chosen = dataclasses.replace(spec.sae_set(), expect=expect)
     spec = dataclasses.replace(spec, saes={"own": chosen})
-    assert [row["layer"] for row in models.open(spec, layers=[1, 2]).checks] == [1, 2]
+    assert [row["layer"] for row in load.open(spec, layers=[1, 2]).checks] == [1, 2]
     tiny.put_disk_sae(tmp_path / "saes" / "layer_2", 2, weights[1])  # claims to be layer 2
     with pytest.raises(ValueError, match=r"layer 2: the SAE does not fit.*Expected FVU .*\(recorded\); got FVU .*tiny"):
-        models.open(spec, layers=[1, 2])
-    assert models.open(spec, layers=[2], check=False).checks == []
+        load.open(spec, layers=[1, 2])
+    assert load.open(spec, layers=[2], check=False).checks == []
 
 
 def test_bounds_where_nothing_is_recorded(hub, monkeypatch):
     """Gemma Scope names its L0: 64 active features pass beside 82, 16 do not; nor does an SAE that rebuilds nothing."""
     spec, _ = tiny.plant(monkeypatch, hub, "gemma-2-2b")
     chosen, weights = spec.sae_set(), tiny.planted()
-    assert "factor 3 of 82 (published)" in models.open("gemma-2-2b").checks[0]["expected"]
+    assert "factor 3 of 82 (published)" in load.open("gemma-2-2b").checks[0]["expected"]
     few = weights | {"W_enc": weights["W_enc"] * (torch.arange(128) % 64 < 16)}
     tiny.put_sae(hub, chosen.release, chosen.sae_id(12), few)
     with pytest.raises(ValueError, match="L0 within a factor 3 of 82"):
-        models.open("gemma-2-2b")
+        load.open("gemma-2-2b")
     tiny.put_sae(hub, chosen.release, chosen.sae_id(12), weights | {"W_dec": torch.zeros(128, 64)})
     with pytest.raises(ValueError, match=r"Expected FVU below 0.5.*got FVU 1\."):
-        models.open("gemma-2-2b")
+        load.open("gemma-2-2b")
 
 
 def test_quality_against_float64(hub):
@@ -88,20 +88,20 @@ def test_record_writes_one_line(hub, tmp_path):
         "  needs: {vram_gb: 1, disk_gb: 1, gated: false}\n"
     )
     path.write_text(before)
-    expect = selfcheck.record(models.open(spec, check=False), path=path)
+    expect = selfcheck.record(load.open(spec, check=False), path=path)
     assert set(expect) == {0, 1, 2} and all(row["l0"] == pytest.approx(64, abs=0.1) for row in expect.values())
     old, new = before.splitlines(), path.read_text().splitlines()
     changed = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
     assert len(changed) == 1 and old[changed[0]].strip() == "expect: {}" and changed[0] > len(old) - 4
     assert presets(path)["tiny"].sae_set().expect == expect
     with pytest.raises(ValueError, match="got 0; add"):
-        selfcheck.record(models.open(spec, check=False), "other", path=path)
+        selfcheck.record(load.open(spec, check=False), "other", path=path)
 
 
 @pytest.mark.embedded
 def test_embedded_sae_on_the_wrong_layer(tmp_path):
     """The shipped SAE of layer 8, renamed to layer 13, is refused."""
-    spec = models.preset("smollm2-135m")
+    spec = load.preset("smollm2-135m")
     folder = ROOT / spec.sae_set().folder
     if not (folder / "layer_8" / "cfg.json").exists() or not spec.sae_set().expect:
         pytest.skip("the embedded SAEs are not trained and recorded yet")
@@ -111,5 +111,5 @@ def test_embedded_sae_on_the_wrong_layer(tmp_path):
     (tmp_path / "layer_13" / "cfg.json").write_text(json.dumps(cfg))
     wrong = dataclasses.replace(spec.sae_set(), folder=str(tmp_path))
     with pytest.raises(ValueError, match="layer 13: the SAE does not fit the activations"):
-        models.open(dataclasses.replace(spec, saes={"own": wrong}))
-    assert models.open("smollm2-135m").checks[0]["layer"] == 13
+        load.open(dataclasses.replace(spec, saes={"own": wrong}))
+    assert load.open("smollm2-135m").checks[0]["layer"] == 13

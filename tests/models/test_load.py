@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from steerkit.files import DATA
-from steerkit.models import load as models
+from steerkit.models import load
 
 torch.set_num_threads(1)
 TEXTS = ["The ferry leaves at seven.", "Rain"]
@@ -14,8 +14,8 @@ TEXTS = ["The ferry leaves at seven.", "Rain"]
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_open_from_local_hub_cache(name, hub, monkeypatch):
     spec, source = tiny.plant(monkeypatch, hub, name)
-    lab = models.open(name, dtype="float32")
-    bridge = models.bridge(lab)
+    lab = load.open(name, dtype="float32")
+    bridge = load.bridge(lab)
     layer = spec.primary_layer
     row = lab.checks[0]
     assert row["layer"] == layer and row["fvu"] < 1e-6 and row["l0"] == pytest.approx(tiny.D_MODEL, abs=0.01)
@@ -49,8 +49,8 @@ def test_open_from_local_hub_cache(name, hub, monkeypatch):
 
 
 def test_a_hook_on_the_model_also_acts_in_the_bridge(hub, tmp_path):
-    lab = models.open(tiny.local_preset(hub, tmp_path), check=False)
-    bridge = models.bridge(lab)
+    lab = load.open(tiny.local_preset(hub, tmp_path), check=False)
+    bridge = load.bridge(lab)
     ids, _ = lab.tokens(["one row"])
     before = bridge(ids)
     handle = lab.block(1).register_forward_hook(lambda _m, _i, out: out + 1.0 if torch.is_tensor(out) else (out[0] + 1.0, *out[1:]))
@@ -63,27 +63,27 @@ def test_a_hook_on_the_model_also_acts_in_the_bridge(hub, tmp_path):
 
 def test_saes_load_when_first_used(hub, monkeypatch):
     spec, _ = tiny.plant(monkeypatch, hub, "gemma-2-2b", layers=[12, 3])
-    lab = models.open("gemma-2-2b")
+    lab = load.open("gemma-2-2b")
     assert [row["layer"] for row in lab.checks] == [12] and list(lab.saes) == spec.layers
     lab.sae(3)
     assert [row["layer"] for row in lab.checks] == [12, 3]
     assert lab.sae(3) is lab.saes[3]
-    restricted = models.open("gemma-2-2b", layers=[3])
+    restricted = load.open("gemma-2-2b", layers=[3])
     assert list(restricted.saes) == [3] and [row["layer"] for row in restricted.checks] == [3]
     with pytest.raises(ValueError, match=r"no SAE for layer 12; layers with an SAE: \[3\]"):
         restricted.sae(12)
     with pytest.raises(ValueError, match="no SAE for layer 40"):
-        models.open("gemma-2-2b", layers=[40])
+        load.open("gemma-2-2b", layers=[40])
     with pytest.raises(ValueError, match="expected a layer from 0 to 12, got 13"):
         lab.block(13)
 
 
 def test_hub_out_of_reach(hub):
     with pytest.raises(ConnectionError, match=r"gemma-2-2b.*neither.*HF_TOKEN.*Works without the hub: smollm2-135m"):
-        models.open("gemma-2-2b")
-    tiny.put_model(hub, models.preset("gpt2-small").hub, "gpt2", n_layers=8)
+        load.open("gemma-2-2b")
+    tiny.put_model(hub, load.preset("gpt2-small").hub, "gpt2", n_layers=8)
     with pytest.raises(ConnectionError, match="SAE of layer 7"):
-        models.open("gpt2-small")
+        load.open("gpt2-small")
 
 
 def test_gated_repository(hub, monkeypatch):
@@ -94,24 +94,24 @@ def test_gated_repository(hub, monkeypatch):
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(PermissionError, match=r"Accept its licence.*HF_TOKEN.*gpt2-small"):
-        models.open("llama-3.1-8b")
+        load.open("llama-3.1-8b")
 
 
 def test_unknown_dtype(hub, tmp_path):
     with pytest.raises(ValueError, match=r"expected auto or a floating dtype of torch such as float32 or bfloat16, got 'fp99'"):
-        models.open(tiny.local_preset(hub, tmp_path), dtype="fp99")
+        load.open(tiny.local_preset(hub, tmp_path), dtype="fp99")
 
 
 def test_bos_token_of_the_preset_must_exist(hub, tmp_path):
     with pytest.raises(ValueError, match=r"bos: expected a token of this tokenizer, got '<\|endoftext\|>'"):
-        models.open(tiny.local_preset(hub, tmp_path, bos="<|endoftext|>"))
+        load.open(tiny.local_preset(hub, tmp_path, bos="<|endoftext|>"))
 
 
 @pytest.mark.embedded
 def test_embedded_model():
     """SmolLM2-135M as the design states it; the recorded first token lowers the loss; hf and bridge agree."""
-    spec = models.preset("smollm2-135m")
-    hf, tok = models.load_model(spec)
+    spec = load.preset("smollm2-135m")
+    hf, tok = load.load_model(spec)
     c = hf.config
     assert (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.vocab_size) == (576, 30, 9, 49152)
     assert tok.bos_token == "<|endoftext|>" and next(hf.parameters()).dtype == torch.float32
@@ -126,3 +126,15 @@ def test_embedded_model():
         start = row.shape[1] - ids.shape[1] + 1  # score the same tokens in all three
         losses[name] = -float(log_probs[start - 1 : -1].gather(1, row[0, start:, None]).mean())
     assert 2.0 < losses["bos"] < 4.0 and losses["bos"] < losses["chat"], losses
+
+
+@pytest.mark.embedded
+def test_a_folder_of_ones_own_saes_opens_in_place_of_the_presets(tmp_path):
+    own = DATA / "saes" / "smollm2-135m"
+    theirs, ours = (load.open("smollm2-135m", layers=[3, 28], saes=saes) for saes in (None, own))
+    assert list(ours.saes) == [3, 28] and [row["layer"] for row in ours.checks] == [3, 28]
+    x = torch.randn(5, ours.at(3).d_model, generator=torch.Generator().manual_seed(0))
+    for layer in (3, 28):
+        torch.testing.assert_close(ours.sae(layer).encode(x), theirs.sae(layer).encode(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="expected a folder of SAEs named layer_<number>"):
+        load.open("smollm2-135m", saes=tmp_path)

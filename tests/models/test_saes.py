@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from steerkit.features import residuals
-from steerkit.models import load as models
+from steerkit.models import load
 from steerkit.models.saes import centre_writing_weights
 
 
@@ -19,7 +19,7 @@ def test_gemma_3_reader_agrees_with_sae_lens(hub, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(w.shape, generator=generator) for name, w in tiny.planted().items()}
     spec, _ = tiny.plant(monkeypatch, hub, "gemma-3-270m", weights=weights)
-    ours = models.open("gemma-3-270m", check=False).sae(9)
+    ours = load.open("gemma-3-270m", check=False).sae(9)
 
     def shapes(repo, filename):
         with safe_open(tiny.snapshot(hub, repo) / filename, "pt") as file:
@@ -61,12 +61,12 @@ def test_centred_gpt2_equals_transformer_lens(hub, monkeypatch):
         fold_value_biases=False,
     )
     tiny.plant(monkeypatch, hub, "gpt2-small")
-    lab = models.open("gpt2-small")
+    lab = load.open("gpt2-small")
     assert lab.sae(7).cfg.metadata.model_from_pretrained_kwargs == {"center_writing_weights": True}
     ids, _ = lab.tokens(["Centred weights change nothing that is read."])
     with torch.no_grad():
         _, expected = oracle.run_with_cache(ids)
-        _, cache = models.bridge(lab).run_with_cache(ids)
+        _, cache = load.bridge(lab).run_with_cache(ids)
         mine = residuals(lab.hf, ids, torch.ones_like(ids), layers=list(range(8)))
         log_probs = [m(ids).logits.log_softmax(-1) for m in (lab.hf, source)]
         uncentred = source(ids, output_hidden_states=True).hidden_states[1:]
@@ -81,31 +81,31 @@ def test_centred_gpt2_equals_transformer_lens(hub, monkeypatch):
 def test_other_demands_are_refused(hub, tmp_path):
     fold = {"model_from_pretrained_kwargs": {"fold_ln": True}}
     with pytest.raises(ValueError, match="demands fold_ln"):
-        models.open(tiny.local_preset(hub, tmp_path, metadata=fold))
+        load.open(tiny.local_preset(hub, tmp_path, metadata=fold))
     centre = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
     with pytest.raises(ValueError, match="expected a GPT-2 model, got llama"):
-        models.open(tiny.local_preset(hub, tmp_path, metadata=centre))
+        load.open(tiny.local_preset(hub, tmp_path, metadata=centre))
     off = {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
-    assert models.open(tiny.local_preset(hub, tmp_path, metadata=off)).checks
+    assert load.open(tiny.local_preset(hub, tmp_path, metadata=off)).checks
     with pytest.raises(ValueError, match="expected a GPT-2 model"):
         centre_writing_weights(tiny.model("gptneox"))
 
 
 def test_width_mismatch(hub, tmp_path):
     with pytest.raises(ValueError, match=r"expected width 64 \(d_model\), got 32"):
-        models.open(tiny.local_preset(hub, tmp_path, weights=tiny.planted(32)))
+        load.open(tiny.local_preset(hub, tmp_path, weights=tiny.planted(32)))
 
 
 def test_nan_weights(hub, tmp_path):
     weights = tiny.planted()
     weights["W_dec"][3, 5] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity in W_dec"):
-        models.open(tiny.local_preset(hub, tmp_path, weights=weights), check=False)
+        load.open(tiny.local_preset(hub, tmp_path, weights=weights), check=False)
 
 
 def test_sae_of_another_hook(hub, tmp_path):
     with pytest.raises(ValueError, match=r"expected one for blocks.0.hook_resid_post, got blocks.2.hook_mlp_out"):
-        models.open(tiny.local_preset(hub, tmp_path, metadata={"hook_name": "blocks.2.hook_mlp_out"}))
+        load.open(tiny.local_preset(hub, tmp_path, metadata={"hook_name": "blocks.2.hook_mlp_out"}))
 
 
 @pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-3-270m", "llama-3.1-8b", "qwen3-1.7b", "gpt2-small"])
@@ -115,11 +115,11 @@ def test_truncated_sae_file(name, hub, monkeypatch):
     path = tiny.put_sae(hub, chosen.release, chosen.sae_id(spec.primary_layer), tiny.planted())
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=rf"{name}: expected the SAE of layer {spec.primary_layer}.*damaged or of"):
-        models.open(name)
+        load.open(name)
 
 
 def test_missing_embedded_sae(hub, tmp_path):
     spec = tiny.local_preset(hub, tmp_path)
     shutil.rmtree(tmp_path / "saes" / "layer_0")
     with pytest.raises(FileNotFoundError, match="Restore data/ from version control"):
-        models.open(spec)
+        load.open(spec)

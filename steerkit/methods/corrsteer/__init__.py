@@ -4,7 +4,7 @@ from steerkit.lazy import lazily
 
 MODULES = {
     "correlation": "steerkit.methods.corrsteer.correlation",
-    "experiment": "steerkit.methods.corrsteer.experiment",
+    "trial": "steerkit.methods.corrsteer.trial",
     "lora": "steerkit.methods.corrsteer.lora",
     "nulls": "steerkit.methods.corrsteer.nulls",
     "pooled": "steerkit.methods.corrsteer.pooled",

@@ -15,7 +15,7 @@ UNSTEERED = (BASELINE.name, "constrained, no steering")
 
 
 def labelled(answers: pd.DataFrame) -> pd.DataFrame:
-    """Return shipped answers with the labels that rows of `experiment.ask` bring along; a shipped row has the arm's name alone.
+    """Return shipped answers with the labels that rows of `trial.ask` bring along; a shipped row has the arm's name alone.
 
     Method, source (the task its features were found on), scale, and whether it is one of a sweep over scales. "CorrSteer-A x 0.5" is
     CorrSteer-A at 0.5 in the sweep; "features of refusal x 2" is CorrSteer-A with features found on refusal at 2 in the sweep, and

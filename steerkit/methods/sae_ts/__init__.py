@@ -4,8 +4,8 @@ from steerkit.lazy import lazily
 
 MODULES = {
     "approximator": "steerkit.methods.sae_ts.approximator",
-    "calibrate": "steerkit.methods.sae_ts.calibrate",
+    "calibration": "steerkit.methods.sae_ts.calibration",
     "effects": "steerkit.methods.sae_ts.effects",
-    "files": "steerkit.methods.sae_ts.files",
+    "published": "steerkit.methods.sae_ts.published",
 }
 __getattr__, __dir__ = lazily(__name__, MODULES)

@@ -12,7 +12,7 @@ from steerkit.features import logit_lens
 from steerkit.files import DATA
 from steerkit.methods.output_scores.inputs import TopRecords, collect, input_scores
 from steerkit.methods.output_scores.score import PROMPT, lens_rank, lens_tokens, output_scores, rank_weighted, token_confidence
-from steerkit.models import load as models
+from steerkit.models import load
 
 
 def toy_sae():
@@ -187,7 +187,7 @@ def test_published_output_scores(name, key):
         layer, feature = map(int, label.split("_"))
         by_layer.setdefault(layer, {})[feature] = values.get("S_out", values.get("S_out_post"))
     try:
-        lab = models.open(name, layers=sorted(by_layer), dtype="float32")
+        lab = load.open(name, layers=sorted(by_layer), dtype="float32")
     except (ConnectionError, PermissionError, OSError) as error:
         pytest.skip(f"needs the hub: {str(error)[:80]}")
     for layer, wanted in by_layer.items():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import pandas as pd
 import pytest
@@ -18,7 +17,7 @@ from steerkit.engine.steer import Add, steering
 from steerkit.engine.tokens import prompt_ids
 from steerkit.features import read, residuals
 from steerkit.methods.sae_ts import effects as E
-from steerkit.methods.sae_ts.calibrate import calibrate, solve_scale, steered_losses
+from steerkit.methods.sae_ts.calibration import calibrate, solve_scale, steered_losses
 from steerkit.methods.sae_ts.effects import PROMPTS, PROMPTS_13, Effects, Scheme, measure, text_features
 from steerkit.store import Parts, Work
 
@@ -229,10 +228,9 @@ def test_training_vectors_keep_the_held_out_rows_apart():
 @pytest.fixture
 def recipe(monkeypatch, tmp_path):
     """The command on a planted model, calibrated to four times the rise asked for; returns its first arguments."""
-    spec = types.SimpleNamespace(name="tiny", primary_layer=1, outlier=1e9, sae_set=lambda: None)
-    monkeypatch.setattr(M, "preset", lambda name: spec)
-    monkeypatch.setattr(M, "load_model", lambda spec, device, dtype: (tiny.model("llama"), tiny.tokenizer()))
-    monkeypatch.setattr(M, "load_sae", lambda *a, **k: tiny.planted_sae())
+    opened = tiny.lab(outlier=1e9)
+    monkeypatch.setattr(M.load, "preset", lambda name: opened.preset)
+    monkeypatch.setattr(M.load, "open", lambda *a, **k: opened)  # where weights are centred and SAEs checked
     monkeypatch.setattr(M, "training_vectors", functools.partial(E.training_vectors, n_held=4))
     monkeypatch.setattr(M, "Scheme", functools.partial(Scheme, prompts=("", "ab"), length=8, baseline_samples=4))
     grown = lambda at, ids, v, rise, **k: (torch.full((len(v),), 4 * rise), torch.zeros(len(v), dtype=torch.bool), 1.0)  # noqa: E731

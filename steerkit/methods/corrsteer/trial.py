@@ -10,7 +10,7 @@ import pandas as pd
 from steerkit.engine.decode import Sampling
 from steerkit.engine.generate import BASELINE, COLUMNS, Arm, generate
 from steerkit.engine.lab import Lab
-from steerkit.methods.corrsteer import select as corrsteer
+from steerkit.methods.corrsteer import select
 from steerkit.methods.corrsteer.lora import lora
 from steerkit.methods.corrsteer.nulls import permutation_null, shuffled
 from steerkit.methods.corrsteer.pooled import POOLS, Pooled
@@ -185,7 +185,7 @@ def methods(
         return {layer: pooled.correlation(layer, outcomes, pool=plan.pool, steer_pool=plan.pool) for layer in pooled.features}
 
     def validate(choices: list[list[Pick]]) -> list[float]:
-        tried = [corrsteer.arm("a choice", picks, saes, site=plan.site, choice=i) for i, picks in enumerate(choices)]
+        tried = [select.arm("a choice", picks, saes, site=plan.site, choice=i) for i, picks in enumerate(choices)]
         answers = ask(lab, task, validation, tried, work=replace(work, progress=False))
         return answers.groupby("choice", sort=False).correct.mean().tolist()
 
@@ -193,19 +193,19 @@ def methods(
     for name in plan.rules:
         variant, how = RULES[name]
         check = {"validate": validate} if variant == "P" else {}
-        found[name] = corrsteer.select(known, variant=variant, **check, **often, **how)
+        found[name] = select.select(known, variant=variant, **check, **often, **how)
     for name in plan.controls:
         if name == "shuffled labels":
-            found[name] = corrsteer.select(statistics(shuffled(y, seed=plan.seed)), **often)
+            found[name] = select.select(statistics(shuffled(y, seed=plan.seed)), **often)
         else:
-            match = corrsteer.select(known, **often) if name.endswith("same push") else ()
-            found[name] = corrsteer.random_features(known, seed=plan.seed, match=match, **often)
+            match = select.select(known, **often) if name.endswith("same push") else ()
+            found[name] = select.random_features(known, seed=plan.seed, match=match, **often)
     return found
 
 
 def arms(picks: Mapping[str, Sequence[Pick]], saes: Mapping[int, object], *, site: str = "post") -> list[Arm]:
     """Return an arm for each method that picked something, and the baseline first."""
-    return [BASELINE, *(corrsteer.arm(name, chosen, saes, site=site) for name, chosen in picks.items() if chosen)]
+    return [BASELINE, *(select.arm(name, chosen, saes, site=site) for name, chosen in picks.items() if chosen)]
 
 
 def best_picks(found: Trial, *, n_null: int = 500, null_seed: int = 0) -> pd.DataFrame:
@@ -221,7 +221,7 @@ def best_picks(found: Trial, *, n_null: int = 500, null_seed: int = 0) -> pd.Dat
         z, known = found.pooled.z(layer), found.pooled.correlation(layer, found.y)
         null = {"n": n_null, "seed": null_seed, "min_fired": often}
         floors = [permutation_null(z, found.y, within=kinds, **null).threshold() for kinds in (None, found.selection.kind)]
-        for f in corrsteer.rank(known, layer, k=1, min_fired=often):
+        for f in select.rank(known, layer, k=1, min_fired=often):
             about = {"task": found.task.name, "seed": found.plan.seed, "n": len(found.y), "accuracy": found.y.mean(), "layer": layer}
             about |= {"feature": f.feature, "r": f.r, "coefficient": f.coefficient, "fired_pos": f.fired_pos, "fired_neg": f.fired_neg}
             rows.append(about | {"floor": floors[0], "floor_kinds": floors[1]})

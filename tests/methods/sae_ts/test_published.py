@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from steerkit.engine.lab import Lab, Place
-from steerkit.methods.sae_ts import files as published
+from steerkit.methods.sae_ts import published
 from steerkit.methods.sae_ts.approximator import aim, rotation, unit
 from steerkit.models.presets import preset
 

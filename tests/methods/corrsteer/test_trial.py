@@ -13,9 +13,8 @@ from steerkit.engine.decode import Sampling, draw
 from steerkit.engine.generate import BASELINE, generate
 from steerkit.engine.tokens import prompt_ids
 from steerkit.methods.corrsteer import answers as tables
-from steerkit.methods.corrsteer import experiment as trial
 from steerkit.methods.corrsteer import lora as finetune
-from steerkit.methods.corrsteer import select as corrsteer
+from steerkit.methods.corrsteer import select, trial
 from steerkit.methods.corrsteer.lora import lora, target
 from steerkit.methods.corrsteer.pooled import Pooled
 from steerkit.questions import Question, Task
@@ -113,8 +112,8 @@ def test_shipped_names_of_arms_read_as_the_labels_that_live_rows_have():
     """A method, the same at other scales, and features of another task: labels against what is told from the name alone."""
     lab = lab_with_letters()
     toy, rows = task(2, new=1)
-    pick = corrsteer.Pick(2, 0, 1.0, 0.5, 0.5, 1, 1)
-    arm = lambda name, scale=1.0, **labels: corrsteer.arm(name, [pick], lab.saes, scale=scale, **labels)  # noqa: E731
+    pick = select.Pick(2, 0, 1.0, 0.5, 0.5, 1, 1)
+    arm = lambda name, scale=1.0, **labels: select.arm(name, [pick], lab.saes, scale=scale, **labels)  # noqa: E731
     moved = {"method": "CorrSteer-A", "source": "bbq_ambig"}
     arms = [BASELINE, arm("CorrSteer-A"), arm("CAA score, own coefficients"), arm("CorrSteer-A, other site")]
     arms += [arm("CorrSteer-A x 0.5", 0.5, method="CorrSteer-A", sweep=True), arm("features of bbq_ambig", **moved)]
