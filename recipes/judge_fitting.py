@@ -11,6 +11,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from steerkit.concept import concepts
+from steerkit.engine import losses
 from steerkit.files import DATA
 from steerkit.judges import coherence, concept, refusal
 from steerkit.store import fingerprint
@@ -162,7 +163,7 @@ def labelled_features(hf_model, tokenizer, texts: list[str], cache: Path | None)
     missing = sorted((text for text in read if len(known.get(text, ())) != len(read[text][0])), key=len)
     for start in range(0, len(missing), 64):
         part = missing[start : start + 64]
-        found = coherence.token_losses(hf_model, tokenizer, [read[text][0] for text in part])
+        found = losses.token_losses(hf_model, tokenizer, [read[text][0] for text in part])
         known.update(zip(part, found, strict=True))
         log.info("losses: %d of %d texts", start + len(part), len(missing))
         if cache:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from steerkit.engine.edits import Ablate, Add
+from steerkit.engine.edits import Add
 from steerkit.engine.lab import Place
 from steerkit.features import read, token_batches
 from steerkit.files import write_atomic
@@ -67,10 +67,6 @@ class SteeringVector:
         """Return the edit that adds this vector with norm `scale` x `weight`, in residual units."""
         return Add(self.layer, self.direction, number(f"{self.name}: scale", scale) * self.weight)
 
-    def ablation(self) -> Ablate:
-        """Return the edit that removes this direction."""
-        return Ablate(self.layer, self.direction)
-
     def __mul__(self, factor: Number | Tensor) -> "SteeringVector":
         factor = number(f"{self.name}: factor", factor)
         sign = 1 if factor >= 0 else -1
@@ -99,10 +95,6 @@ class SteeringVector:
         """Return the cosine between two directions."""
         self._same_place(other)
         return float(self.direction.double() @ other.direction.double())
-
-    def project(self, resid: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape"]:
-        """Return the component of a residual stream along this direction, in residual units."""
-        return resid @ self.direction.to(resid)
 
     def _same_place(self, other: "SteeringVector") -> None:
         mine, theirs = (self.preset, self.layer, len(self.direction)), (other.preset, other.layer, len(other.direction))

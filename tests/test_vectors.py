@@ -26,11 +26,6 @@ def test_sums_keep_proportions_and_negation_flips():
     assert (-2 * a).direction.tolist() == [-1.0, 0.0]
 
 
-def test_project_is_the_dot_product():
-    v, h = vector([3.0, 4.0]), torch.tensor([[[1.0, 1.0], [0.0, 5.0]]])
-    torch.testing.assert_close(v.project(h), torch.tensor([[1.4, 4.0]]))
-
-
 def test_save_and_load_give_the_same_bits(tmp_path):
     v = vector(torch.randn(D).tolist())
     again = SteeringVector.load(v.save(tmp_path / "v.safetensors"))

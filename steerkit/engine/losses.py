@@ -1,12 +1,14 @@
 """Next-token losses of plain and of steered text, in nats, with no more logits at a time than memory has room for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from steerkit.engine.memory import halving
+from steerkit.engine.packed import packed_linears
 from steerkit.engine.partial import starting_from
 
 LOGITS = 2**28  # that exist together: 1 GiB in float32
@@ -36,6 +38,42 @@ def next_token_losses(logits: Float[Tensor, "batch pos vocab"], ids: Int[Tensor,
     """Return -log p(t_i | t_<i) in nats for every token but the first, in float32; pos - 1 = next numbers a row."""
     flat = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
     return flat.view(len(ids), -1)
+
+
+def token_losses(model, tokenizer, ids: Sequence[list[int]], *, batch_tokens: int = 1024) -> list[np.ndarray]:
+    """Return for each row of token ids the losses -log p(t_i | bos, t_<i) in nats, of the model without steering.
+
+    Rows are sorted by length, padded on the right and masked; a batch holds about `batch_tokens` positions.
+    Raises ValueError for a tokenizer that has no token to begin with.
+    """
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if bos is None:
+        raise ValueError("expected a tokenizer with a beginning-of-text token, got none; set tokenizer.bos_token")
+
+    def read(rows: list[list[int]]) -> torch.Tensor:
+        tokens = torch.full((len(rows), 1 + max(map(len, rows))), bos)
+        mask = torch.zeros_like(tokens)
+        for r, row in enumerate(rows):
+            tokens[r, 1 : 1 + len(row)] = torch.tensor(row)
+            mask[r, : 1 + len(row)] = 1
+        with torch.inference_mode(), packed_linears(model):
+            return forward_losses(model, tokens.to(model.device), attention_mask=mask.to(model.device)).cpu()
+
+    out = [np.zeros(len(row)) for row in ids]
+    order, start = sorted(range(len(ids)), key=lambda i: len(ids[i])), 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * (len(ids[order[stop]]) + 1) <= batch_tokens:
+            stop += 1
+        for loss in halving(read, [ids[i] for i in order[start:stop]]):
+            for row in loss:
+                i, start = order[start], start + 1
+                out[i] = row[: len(ids[i])].double().numpy()
+                if not np.isfinite(out[i]).all():
+                    raise ValueError(
+                        f"losses: expected finite numbers, got NaN or infinity for row {i} in {model.dtype}: open the model in float32"
+                    )
+    return out
 
 
 @torch.inference_mode()

@@ -98,7 +98,7 @@ def panel(
     rubric: what a model is asked, "sae_ts" (behaviour and coherence, 1 to 10) or "axbench" (concept and fluency, 0 to 2); both
     ask AxBench's question about the instruction, as SAE-TS has none, and all scores are brought to 0..1. cassette: the file
     that keeps the answers, judged.jsonl in the cache folder by default; what it holds is not asked for again. max_calls: most
-    answers asked for in one go. endpoint: other fields of `api.Endpoint`, such as its prices. The key is read from the variable
+    answers that the panel asks for in all. endpoint: other fields of `api.Endpoint`, such as its prices. The key is read from the variable
     STEERKIT_API_KEY.
 
     Raises ValueError for another spec or rubric.

@@ -6,7 +6,8 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import httpx
@@ -101,9 +102,9 @@ def _busy(error: BaseException) -> bool:
     return isinstance(error, httpx.TransportError)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answers:
-    """The answers of one model: those that the cassette holds, and others for the asking, at most `max_calls` in one go.
+    """The answers of one model: those that the cassette holds, and others for the asking, at most `max_calls` in all.
 
     The cassette is a JSON-lines file keyed by the sha256 of model, parameters and messages (not of the address). The key is
     read from the variable STEERKIT_API_KEY, and never written.
@@ -112,19 +113,25 @@ class Answers:
     endpoint: Endpoint
     cassette: Path
     max_calls: int
+    calls: int = field(default=0, init=False)
+
+    @cached_property
+    def known(self) -> dict[str, str]:
+        """The answers by key, read from the cassette once."""
+        return read_cassette(self.cassette)
 
     def to(self, bodies: Sequence[dict]) -> list[str]:
         """Return the answer to each request. What the cassette lacks is asked for, after a line that says how much and the price.
 
-        Raises, before any call, ValueError for more than `max_calls` and PermissionError where there is no key; RuntimeError for
-        a call that fails. What was answered until then is in the cassette.
+        Raises, before any call, ValueError where it would be more than `max_calls` since this was made, PermissionError where there
+        is no key; RuntimeError for a call that fails. What was answered until then is in the cassette.
         """
         by_key = {cassette_key(body): body for body in bodies}
-        known = read_cassette(self.cassette)
-        if missing := {key: body for key, body in by_key.items() if key not in known}:
+        if missing := {key: body for key, body in by_key.items() if key not in self.known}:
             cost = estimate(list(missing.values()), self.endpoint)
-            if len(missing) > self.max_calls:
-                raise ValueError(f"expected at most {self.max_calls:,} calls, got {cost}; raise max_calls or judge fewer texts")
+            if self.calls + len(missing) > self.max_calls:
+                after = f" after {self.calls:,} made before" if self.calls else ""
+                raise ValueError(f"expected at most {self.max_calls:,} calls, got {cost}{after}; raise max_calls or judge fewer texts")
             if not os.environ.get(KEY_VARIABLE):
                 raise PermissionError(
                     f"expected recorded answers in {self.cassette} or a key in {KEY_VARIABLE}, got neither for {len(missing)} of "
@@ -132,8 +139,7 @@ class Answers:
                 )
             print(f"judge: {cost}", flush=True)
             self._record(missing)
-            known = read_cassette(self.cassette)
-        return [known[cassette_key(body)] for body in bodies]
+        return [self.known[cassette_key(body)] for body in bodies]
 
     def _record(self, missing: Mapping[str, dict]) -> None:
         """Ask for the missing answers, a few at a time, and append each to the cassette as it arrives."""
@@ -145,8 +151,11 @@ class Answers:
         ):
 
             def one(key: str, body: dict) -> None:
+                with lock:
+                    self.calls += 1
                 reply = self._call(client, body)
                 with lock:
+                    self.known[key] = reply
                     file.write(json.dumps({"key": key, "model": self.endpoint.model, "reply": reply}) + "\n")
                     file.flush()
 

@@ -10,9 +10,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Float
 
-from steerkit.engine.losses import forward_losses
-from steerkit.engine.memory import halving
-from steerkit.engine.packed import packed_linears
+from steerkit.engine.losses import token_losses
 from steerkit.engine.tokens import bare_ids
 from steerkit.judges import Judge, checked, parameters, sigmoid
 from steerkit.models.fetch import CONVERSION
@@ -36,44 +34,6 @@ def split(tokenizer, text: str, prompt: str | None = None) -> tuple[list[int], i
     ids, blank = encode(text)[:MAX_TOKENS], text.find("\n\n")
     start = len(encode(text[: blank + 2])) if blank > 0 else len(ids) // 2
     return ids, start if start < len(ids) - 2 else len(ids) // 2
-
-
-def token_losses(hf_model, tokenizer, ids: Sequence[list[int]], *, batch_tokens: int = 1024) -> list[np.ndarray]:
-    """Return for each row of token ids the losses -log p(t_i | bos, t_<i) in nats, of the model without steering.
-
-    Rows are sorted by length, padded on the right and masked; a batch holds about `batch_tokens` positions.
-    Raises ValueError for a tokenizer that has no token to begin with.
-    """
-    import torch
-
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if bos is None:
-        raise ValueError("expected a tokenizer with a beginning-of-text token, got none; set tokenizer.bos_token")
-
-    def read(rows: list[list[int]]) -> torch.Tensor:
-        tokens = torch.full((len(rows), 1 + max(map(len, rows))), bos)
-        mask = torch.zeros_like(tokens)
-        for r, row in enumerate(rows):
-            tokens[r, 1 : 1 + len(row)] = torch.tensor(row)
-            mask[r, : 1 + len(row)] = 1
-        with torch.inference_mode(), packed_linears(hf_model):
-            return forward_losses(hf_model, tokens.to(hf_model.device), attention_mask=mask.to(hf_model.device)).cpu()
-
-    out = [np.zeros(len(row)) for row in ids]
-    order, start = sorted(range(len(ids)), key=lambda i: len(ids[i])), 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * (len(ids[order[stop]]) + 1) <= batch_tokens:
-            stop += 1
-        for loss in halving(read, [ids[i] for i in order[start:stop]]):
-            for row in loss:
-                i, start = order[start], start + 1
-                out[i] = row[: len(ids[i])].double().numpy()
-                if not np.isfinite(out[i]).all():
-                    raise ValueError(
-                        f"losses: expected finite numbers, got NaN or infinity for row {i} in {hf_model.dtype}: open the model in float32"
-                    )
-    return out
 
 
 def windows(losses: Float[np.ndarray, " pos"], size: int) -> Float[np.ndarray, " windows"]:

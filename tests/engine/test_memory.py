@@ -7,7 +7,6 @@ import torch
 from steerkit import features
 from steerkit.engine import losses
 from steerkit.engine.memory import halving
-from steerkit.judges import coherence
 from steerkit.methods.sae_ts import effects
 from steerkit.scores import capability
 from steerkit.store import Work
@@ -83,7 +82,7 @@ def measured(at):
 
 def judged(at):
     rows = [at.tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("one text", "two", "a third one", "four")]
-    return torch.cat([torch.from_numpy(row) for row in coherence.token_losses(at.model, at.tokenizer, rows)])
+    return torch.cat([torch.from_numpy(row) for row in losses.token_losses(at.model, at.tokenizer, rows)])
 
 
 @pytest.mark.parametrize("what", [steered, means, measured, judged], ids=lambda f: f.__name__)

@@ -97,7 +97,7 @@ def test_the_key_depends_on_all_that_changes_an_answer():
 
 def test_a_half_written_last_line_is_dropped_and_mended(stub, tmp_path):
     tape = tmp_path / "tape.jsonl"
-    asked = judge(stub, rubrics.coherence(), tape)
+    asked = lambda texts: judge(stub, rubrics.coherence(), tape)(texts)  # noqa: E731
     asked(["one", "two"])
     whole = tape.read_bytes()
     tape.write_bytes(whole[:-20])
@@ -211,6 +211,12 @@ def test_too_many_calls_are_refused_before_the_server_is_asked(stub, swept, tmp_
     with pytest.raises(ValueError, match=r"expected at most 3 calls, got \d+ calls to tiny, about .* USD.*; raise max_calls or judge"):
         swept(panel(f"api:tiny@{stub.url}", cassette=tmp_path / "tape.jsonl", max_calls=3))
     assert not stub.seen and not (tmp_path / "tape.jsonl").exists()
+    twice = judge(stub, rubrics.coherence(), tmp_path / "tape.jsonl", max_calls=3)
+    twice(["one", "two"])
+    twice(["one", "two", "three"])  # only the third is asked
+    with pytest.raises(ValueError, match=r"at most 3 calls, got 1 calls to stub-model.* after 3 made before; raise max_calls"):
+        twice(["four"])
+    assert len(stub.seen) == 3
 
 
 def test_axbench_is_judged_by_its_own_rubrics(stub, tmp_path):

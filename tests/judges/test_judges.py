@@ -9,6 +9,7 @@ import pytest
 from recipes import judge_fitting as fitting
 from recipes import judges as fit
 from steerkit.concept import Concept, concepts
+from steerkit.engine import losses
 from steerkit.judges import checked, coherence, concept, refusal
 
 
@@ -214,7 +215,7 @@ def test_losses_equal_a_one_by_one_oracle(tiny):
 
     model, tokenizer = tiny
     ids = [[2, 3, 4, 5, 6], [7], [2, 2, 2, 2, 2, 2, 2, 2, 2], [], [9, 8, 7]]
-    found = coherence.token_losses(model, tokenizer, ids, batch_tokens=25)
+    found = losses.token_losses(model, tokenizer, ids, batch_tokens=25)
     for row, loss in zip(ids, found, strict=True):
         with torch.inference_mode():
             logits = model(torch.tensor([[0, *row]])).logits[0].double().numpy()

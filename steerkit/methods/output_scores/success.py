@@ -16,9 +16,9 @@ from steerkit.engine.decode import Sampling
 from steerkit.engine.edits import Boost
 from steerkit.engine.generate import Arm, generate
 from steerkit.engine.lab import Lab
+from steerkit.engine.losses import token_losses
 from steerkit.engine.tokens import bare_ids
 from steerkit.inputs import Number, Whole
-from steerkit.judges.coherence import token_losses
 from steerkit.store import Work, fingerprint, score_texts
 
 FACTORS = (0.2, 0.4, 0.8, 1.2, 1.6, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 20.0)

@@ -2,18 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from steerkit.engine.lab import Place
-from steerkit.files import write_atomic
 from steerkit.inputs import Whole, whole
 from steerkit.stats import bootstrap
 from steerkit.vectors import SteeringVector
@@ -34,18 +30,6 @@ class Approximator:
     def Mb(self) -> Float[Tensor, " d_model"]:
         """M b, the direction that all effects share; SAE-TS subtracts it."""
         return self.M @ self.b
-
-    def save(self, path: str | Path) -> Path:
-        """Write M and b as float16 safetensors."""
-        return write_atomic(path, to_bytes({"M": self.M.half().contiguous(), "b": self.b.float().contiguous()}))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Approximator":
-        """Read an approximator written by `save`; ValueError where M and b do not belong together."""
-        found = load_file(path)
-        if set(found) != {"M", "b"} or found["M"].shape[1:] != found["b"].shape:
-            raise ValueError(f"{path}: expected M [d_model, d_sae] and b [d_sae], got shapes {[list(v.shape) for v in found.values()]}")
-        return cls(found["M"].float(), found["b"].float())
 
 
 def fit_ridge(

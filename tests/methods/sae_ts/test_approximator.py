@@ -160,12 +160,6 @@ def test_agreement_is_one_for_the_truth_zero_for_the_mean():
     assert half["r2"] == pytest.approx(0.75) and half["cosine"].min() == pytest.approx(1)
 
 
-def test_save_and_load(tmp_path, some):
-    back = Approximator.load(some.save(tmp_path / "adapter.safetensors"))
-    torch.testing.assert_close(back.M, some.M, rtol=1e-3, atol=1e-3)
-    assert torch.equal(back.b, some.b)
-
-
 def test_a_budget_buys_more_with_more_vectors_when_noise_is_small():
     M = normal(8, 30, seed=1)
     x = torch.nn.functional.normalize(normal(80, 8, seed=2), dim=1)
