@@ -1,7 +1,7 @@
 # Two commands: `make reproduce` runs the lab book, `make test` checks it. Both build .venv on first use.
 SCALE    ?= laptop#   a file of notebooks/scales: laptop, smoke, ...
 NOTEBOOK ?=#          one notebook, by number or name; empty for all
-JOBS     ?= 2#        CPU cores; a notebook takes two
+JOBS     ?= 2#        CPU cores; a notebook takes two, a test one
 PYTHON   ?=#          the Python that .venv is made with; empty for the first of 3.11 to 3.13 found
 VENV     ?= .venv
 PROJECT  ?= .
@@ -68,7 +68,7 @@ reproduce: named planned model
 	$(RUN) table --scale $(SCALE) --root $(PROJECT) || code=$$?; exit $$code
 
 test: $(READY)
-	@$(PY) -m pytest $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(JOBS) --dist worksteal $(TEST_ARGS)
 
 lab: $(READY)
 	@$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks $(LAB_ARGS)

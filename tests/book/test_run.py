@@ -310,7 +310,9 @@ def test_a_read_only_folder_is_named():
 def test_an_interrupted_run_says_so_in_one_line(project):
     root = project({"01_a": notebook("01_a", OPEN, "import time\ntime.sleep(60)", "book.close()")})
     command = [sys.executable, "-m", "steerkit.book.run", "notebook", "01", "--root", str(root)]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (a shell makes what it runs in the background ignore it)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=root, start_new_session=True, preexec_fn=heeds, **pipes)
     said = ""
     while "cell 2/4" not in said:
         said += process.stdout.readline()
