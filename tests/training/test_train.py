@@ -281,9 +281,9 @@ def test_the_recipe_trains_describes_and_measures(text, tmp_path, monkeypatch):
     """From the command line: SAEs that open, with cards that name their sources; a table of their features; the data card's."""
     lab = tiny.lab()
     spec = SimpleNamespace(**vars(lab.preset), layers=[1], sae_set=lambda: SimpleNamespace(folder=str(tmp_path / "shipped")))
-    monkeypatch.setattr(recipe_saes.models, "preset", lambda name: spec)
-    monkeypatch.setattr(recipe_saes.models, "load_model", lambda *_, **__: (lab.hf, lab.tokenizer))
-    monkeypatch.setattr(recipe_saes.models, "open", lambda *_, **__: lab)
+    monkeypatch.setattr(recipe_saes.load, "preset", lambda name: spec)
+    monkeypatch.setattr(recipe_saes.load, "load_model", lambda *_, **__: (lab.hf, lab.tokenizer))
+    monkeypatch.setattr(recipe_saes.load, "open", lambda *_, **__: lab)
     monkeypatch.setattr(recipe_saes, "DATA", tmp_path)
     call = ["--dataset", text, "--tokens", "900"]
     small = ["--saes", "1:64", "1:96", "--k", "4", "--batch", "100", "--warm-up", "3", "--block-rows", "8"]
