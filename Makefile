@@ -70,7 +70,9 @@ reproduce: named planned model
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(JOBS) --dist worksteal $(TEST_ARGS)
 
+# Trusted, so that the tables of the saved notebooks keep their style: text on the left.
 lab: $(READY)
+	@$(PY) -m jupyter trust notebooks/*.ipynb >/dev/null
 	@$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks $(LAB_ARGS)
 
 bench: $(READY) model

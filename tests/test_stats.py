@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from steerkit.stats import Interval, bootstrap, paired_difference
+from steerkit.stats import Interval, bootstrap, holm, paired_difference, t_interval
 
 RNG = np.random.default_rng(7)
 
@@ -65,6 +65,41 @@ def test_paired_difference_agrees_with_the_t_interval_and_beats_the_unpaired_one
     assert ours.value == pytest.approx((a - b).mean())
     assert (ours.low, ours.high) == pytest.approx((t.low, t.high), abs=0.03)
     assert ours.excludes(0) and not ours.excludes(ours.value)
+
+
+def test_t_interval_and_its_p_value_agree_with_scipy():
+    for n in (2, 3, 9, 30):
+        values = RNG.normal(0.4, 1.0, n)
+        ours, theirs = t_interval(values), scipy.stats.ttest_1samp(values, 0.1)
+        bounds = theirs.confidence_interval(0.95)
+        assert (ours.value, ours.low, ours.high, ours.n) == pytest.approx((values.mean(), bounds.low, bounds.high, n))
+        assert ours.p(0.1) == pytest.approx(theirs.pvalue) and (ours.p(0.1) < 0.05) == ours.excludes(0.1)
+    assert t_interval(np.ones(4)).p() == 0.0 and np.isnan(t_interval([0.5]).p()) and "no interval" in str(t_interval([0.5]))
+
+
+def test_p_value_of_a_skewed_interval_looks_at_the_side_of_the_null():
+    skewed = Interval(1.0, 0.1, 4.0, 50)
+    assert skewed.p() == pytest.approx(2 * scipy.stats.norm.sf(1.959964 * 1.0 / 0.9)) and skewed.p(5.0) < 0.05 < skewed.p(3.9)
+
+
+def test_the_detectable_difference_is_found_four_times_in_five():
+    truth = t_interval(np.random.default_rng(0).normal(0, 1, 20)).detectable
+    rng = np.random.default_rng(1)
+    draws = rng.normal(0, 1, (4000, 20))
+    typical = np.mean([t_interval(row).detectable for row in draws[:500]])
+    found = np.mean([t_interval(row + typical).excludes(0) for row in draws])
+    assert 0.76 < found < 0.84 and truth == pytest.approx(typical, rel=0.4)
+
+
+def test_holm_rejects_as_its_definition_does():
+    p = [0.001, 0.04, 0.03, 0.2, 0.012]
+    ordered, rejected = sorted(p), set()
+    for rank, one in enumerate(ordered):  # step down: stop at the first that is not below alpha / (questions left)
+        if one >= 0.05 / (len(p) - rank):
+            break
+        rejected.add(one)
+    assert {one for one, q in zip(p, holm(p)) if q < 0.05} == rejected == {0.001, 0.012}
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_same_seed_same_interval_other_seed_other_interval():

@@ -1,106 +1,87 @@
-"""Paper-beside-ours cards: a claim, the paper's number, our number, and a verdict that a stated rule gives."""
+"""Paper-beside-ours cards: a claim, the paper's number, ours with its interval, and a verdict by one rule.
 
-import html
+Levels do not carry over between models and judges; directions do. So the paper's size stands beside ours, and the verdict is on the
+direction alone.
+"""
+
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from steerkit.stats import Interval
+from steerkit.stats import Interval, holm
 
-VERDICTS = ("replicates", "same trend", "differs", "not testable here")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One quantity of a card, as the paper gives it and as we found it."""
-
-    quantity: str
-    paper: str
-    ours: str
-    verdict: str
+VERDICTS = ("same direction", "undecided", "opposite", "not testable here")
 
 
 @dataclass(frozen=True)
 class Card:
-    """A claim of a paper beside what we found; in a notebook a table, in a terminal text."""
+    """A claim of a paper beside what we found. p: against no effect; detectable: the smallest effect that this test finds in four of
+    five cases; both only where there is a direction and an interval."""
 
     claim: str
-    rows: tuple[Row, ...]
+    paper: str
+    ours: str
     verdict: str
-    why: str = ""
+    p: float | None = None
+    detectable: float | None = None
+    note: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{r.quantity + ': ' if r.quantity else ''}paper {r.paper} | ours {r.ours} | {r.verdict}" for r in self.rows]
-        return "\n".join(
-            [
-                f"{self.claim}: {self.verdict}",
-                *(f"  {line}" for line in lines),
-                *([f"  {self.why}"] if self.why else []),
-            ]
-        )
-
-    def _repr_html_(self) -> str:
-        mark = dict(zip(VERDICTS, ("#009E73", "#0072B2", "#D55E00", "#7F7F7F"), strict=True))[self.verdict]
-        cells = "".join("<tr>" + "".join(f"<td>{html.escape(v)}</td>" for v in asdict(r).values()) + "</tr>" for r in self.rows)
-        why = f"<p>{html.escape(self.why)}</p>" if self.why else ""
-        return (
-            f'<div style="border-left: 4px solid {mark}; padding-left: 1em"><p><b>{html.escape(self.claim)}</b> &rarr; '
-            f'<b style="color: {mark}">{self.verdict}</b></p><table><thead><tr><th></th><th>paper</th><th>ours</th>'
-            f"<th>verdict</th></tr></thead><tbody>{cells}</tbody></table>{why}</div>"
-        )
+        return f"{self.claim}: {self.verdict} (paper {self.paper} | ours {self.ours})" + (f"; {self.note}" if self.note else "")
 
 
-def verdict(paper, ours, *, tolerance: float | None = None, null: float = 0.0) -> str:
-    """Return the verdict on one number by rule.
+def verdict(ours: Interval | None, *, side: float, null: float = 0.0, within: float | None = None) -> str:
+    """Return the verdict on a claim whose direction is the sign of `side`: above or below `null`.
 
-    `replicates`: our interval contains the paper's value, overlaps its interval, or lies within `tolerance` of it.
-    `same trend`: both lie on the same side of `null`, ours with its whole interval. `differs`: otherwise.
-    `not testable here`: we have no number or no interval for it, or our interval holds both the paper's value and `null`, so it
-    decides nothing.
+    `same direction`: our whole interval lies on the claim's side of `null`. `opposite`: wholly on the other. `undecided`: it holds
+    `null`. With `within`, the claim is that there is no effect (side 0): same where the whole interval lies within that distance
+    of `null`, opposite where it lies wholly outside. `not testable here`: we have no number, or no interval for it.
 
-    Example: `verdict(0.36, Interval(0.30, 0.25, 0.38, 90))` gives "replicates".
+    >>> verdict(Interval(0.10, 0.05, 0.15, 90), side=0.36), verdict(Interval(0.02, -0.01, 0.05, 90), side=0, within=0.1)
+    ('same direction', 'same direction')
     """
-    if ours is None or (isinstance(ours, Interval) and math.isnan(ours.low)):
+    if ours is None or math.isnan(ours.low):
         return "not testable here"
-    theirs, mine = (x if isinstance(x, Interval) else Interval(float(x), float(x), float(x), 1) for x in (paper, ours))
-    low, high = mine.low, mine.high
-    if (low <= theirs.high and theirs.low <= high) or (tolerance is not None and abs(mine.value - theirs.value) <= tolerance):
-        undecided = theirs.value != null and low <= null <= high and low < high
-        return "not testable here" if undecided else "replicates"
-    side = math.copysign(1, theirs.value - null)
-    return "same trend" if theirs.value != null and side * (low - null) > 0 and side * (high - null) > 0 else "differs"
+    low, high = ours.low - null, ours.high - null
+    if within is not None:
+        return "same direction" if max(-low, high) <= within else "opposite" if min(high, -low) < -within else "undecided"
+    if low <= 0 <= high:
+        return "undecided"
+    return "same direction" if side * low > 0 else "opposite"
 
 
-def _show(value) -> str:
-    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def compare(
+def card(
     claim: str,
-    paper,
-    ours=None,
+    paper: float | str,
+    ours: Interval | None = None,
     *,
-    given: str | None = None,
-    tolerance: float | None = None,
+    side: float | None = None,
     null: float = 0.0,
-    why: str = "",
+    within: float | None = None,
+    testable: bool = True,
+    note: str = "",
 ) -> Card:
-    """Return the card of a claim: `paper` and `ours` are numbers or `Interval`s, or dicts of them with the same keys.
+    """Return the card of a claim, with the verdict of `verdict`.
 
-    Verdicts follow the rule of `verdict`, and the card has the weakest of its rows; a claim in words needs a
-    `given` verdict and should say `why`. Raises ValueError for keys that differ or an unknown verdict.
+    paper: its number, which gives the side, or what it says in words, with a `side`. testable=False: the test cannot move here (a
+    ceiling, a floor, chance level); `note` says why. Raises ValueError for words without a side, or a number that claims no effect
+    (it equals `null`) without `within`.
 
-    Example: `compare("SAE-TS beats CAA", 0.12, paired_difference(saets, caa))`
+    >>> print(card("SAE-TS beats CAA", 0.12, Interval(0.10, 0.05, 0.15, 9)))
+    SAE-TS beats CAA: same direction (paper 0.12 | ours 0.10 [0.05, 0.15], n = 9)
     """
-    theirs, mine = (x if isinstance(x, dict) else {"": x} for x in (paper, ours))
-    if isinstance(paper, dict) and ours is None:
-        mine = dict.fromkeys(theirs)
-    if set(theirs) != set(mine):
-        raise ValueError(f"card `{claim}`: expected the same keys for paper and ours, got {list(theirs)} and {list(mine)}")
-    if given is not None and given not in VERDICTS:
-        raise ValueError(f"card `{claim}`: expected a verdict out of {VERDICTS}, got {given!r}")
-    if given is None and any(isinstance(x, str) for x in [*theirs.values(), *mine.values()]):
-        raise ValueError(f"card `{claim}`: a claim in words has no rule: give verdict=, one of {VERDICTS}")
-    said = {k: given or verdict(theirs[k], mine[k], tolerance=tolerance, null=null) for k in theirs}
-    rows = tuple(Row(k, _show(theirs[k]), _show(mine[k]), said[k]) for k in theirs)
-    tested = [v for v in said.values() if v != VERDICTS[-1]]
-    return Card(claim, rows, max(tested, key=VERDICTS.index) if tested else VERDICTS[-1], why)
+    side = paper - null if side is None and not isinstance(paper, str) else side
+    if testable and (side is None or (not side and within is None)):
+        raise ValueError(f"card `{claim}`: expected a direction, got {paper!r}: give side (1 or -1), or within for a claim of no effect")
+    said = verdict(ours, side=side or 0, null=null, within=within) if testable else "not testable here"
+    tested = said != "not testable here" and within is None
+    size = {"p": ours.p(null), "detectable": ours.detectable} if tested else {}
+    shown = paper if isinstance(paper, str) else f"{paper:.3g}"
+    return Card(claim, shown, "-" if ours is None else str(ours), said, **size, note=note)
+
+
+def corrected(cards: Iterable[Card]) -> list[str]:
+    """Return the verdicts of a family of claims after Holm's correction: a direction that does not survive it is undecided."""
+    cards = list(cards)
+    p = holm([math.nan if one.p is None else one.p for one in cards])
+    return ["undecided" if q >= 0.05 and one.verdict in ("same direction", "opposite") else one.verdict for one, q in zip(cards, p)]

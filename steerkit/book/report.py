@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from steerkit.book import provenance
-from steerkit.book.cards import VERDICTS, Card, compare, verdict
+from steerkit.book.cards import Card, card, corrected
 from steerkit.book.figures import METHOD_COLOURS, METHOD_MARKERS, Figure, band, check_figure, finding, numbers, panels, plain, png, style
 from steerkit.book.parameters import check_kernel
 from steerkit.files import check_writable, resolve, shipped, write_atomic
 from steerkit.stats import Interval
 
-__all__ = ["METHOD_COLOURS", "METHOD_MARKERS", "VERDICTS", "Book", "Card", "Figure", "Provenance"]
-__all__ += ["band", "finding", "panels", "results_table", "style", "verdict"]
+__all__ = ["METHOD_COLOURS", "METHOD_MARKERS", "Book", "Card", "Figure", "Provenance"]
+__all__ += ["band", "finding", "panels", "results_table", "style"]
 
 
 @dataclass(frozen=True)
@@ -140,20 +140,28 @@ class Book:
         print(f"{name}: no full run is shipped for these settings{stands_in}")
         return live
 
-    def card(
-        self,
-        claim: str,
-        *,
-        paper,
-        ours=None,
-        verdict: str | None = None,
-        tolerance: float | None = None,
-        null: float = 0.0,
-        why: str = "",
-    ) -> Card:
-        """Return a paper-beside-ours card and keep it for `close`; `steerkit.book.cards.verdict` has the rule."""
-        self.cards[claim] = compare(claim, paper, ours, given=verdict, tolerance=tolerance, null=null, why=why)
+    def card(self, claim: str, *, paper, ours=None, **how) -> Card:
+        """Return the paper-beside-ours card of a claim (`steerkit.book.cards.card`, which takes `how`) and keep it for `claims`."""
+        self.cards[claim] = card(claim, paper, ours, **how)
         return self.cards[claim]
+
+    def claims(self):
+        """Return the table of all cards: verdicts as they are, and after Holm's correction for asking them all; what could be seen."""
+        import pandas as pd
+
+        rows = [
+            {
+                "claim": one.claim,
+                "paper": one.paper,
+                "ours": one.ours,
+                "verdict": one.verdict,
+                "after Holm": after,
+                "could be seen": "" if one.detectable is None else f"{one.detectable:.2g}",
+                "note": one.note,
+            }
+            for one, after in zip(self.cards.values(), corrected(self.cards.values()))
+        ]
+        return pd.DataFrame(rows).style.hide(axis="index").set_properties(**{"text-align": "left"})
 
     def close(self, parameters: dict | None = None) -> Provenance:
         """Write results.json and cards.json into `out_dir`, and return the provenance to show in the last cell."""

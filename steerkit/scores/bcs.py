@@ -16,7 +16,7 @@ from steerkit.engine.generate import BASELINE, generate, grid
 from steerkit.engine.lab import Lab
 from steerkit.files import write_table
 from steerkit.judges import Panel, panel
-from steerkit.stats import Interval, clean, paired_difference
+from steerkit.stats import Interval, clean, paired_difference, t_interval
 from steerkit.store import Work
 from steerkit.vectors import SteeringVector
 
@@ -124,25 +124,18 @@ def best_scale(texts: pd.DataFrame) -> float:
     return float(texts.groupby("scale")[["behaviour", "coherence"]].mean().prod(axis=1).idxmax())
 
 
-def compare(judged: pd.DataFrame, a: str, b: str, *, n_boot: int = 1000, seed: int = 0) -> tuple[Interval, pd.Series]:
+def compare(judged: pd.DataFrame, a: str, b: str) -> tuple[Interval, pd.Series]:
     """Return mean over topics of peak BCS of method a minus b, held out, and the difference by topic.
 
-    The interval draws topics, and samples within them, with replacement; both methods share the topics drawn.
+    Each method has its own peak scale, picked on even samples; odd ones are scored; several prompts of a topic are averaged. Topics are
+    what varies: n is their number, the interval is t over them, and the noise of samples is in the spread of their differences.
     """
-    rng, drawn, by_topic, n = np.random.default_rng(seed), {}, {}, 0
+    found: dict[tuple, list[float]] = {}
     for topic, _, method, mine in _by_method(judged[judged.method.isin([a, b, BASELINE.name])]):
-        scale = best_scale(mine[mine["sample"] % 2 == 0])
-        both = mine[(mine.scale == scale) & (mine["sample"] % 2 == 1)][["behaviour", "coherence"]].to_numpy()
-        weights = rng.multinomial(len(both), np.full(len(both), 1 / len(both)), size=n_boot)
-        drawn.setdefault((topic, method), []).append((weights @ both / len(both)).prod(1))
-        by_topic.setdefault((topic, method), []).append(both.mean(0).prod())
-        n += len(both)
-    topics = sorted({topic for topic, _ in drawn})
-    values = pd.Series({t: np.mean(by_topic[t, a]) - np.mean(by_topic[t, b]) for t in topics})
-    gaps = np.stack([np.mean(drawn[t, a], 0) - np.mean(drawn[t, b], 0) for t in topics])  # [topics, n_boot]
-    means = gaps[rng.integers(len(topics), size=(n_boot, len(topics))), np.arange(n_boot)[:, None]].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975]).tolist()
-    return Interval(float(values.mean()), low, high, n, len(topics)), values
+        rest = mine[(mine.scale == best_scale(mine[mine["sample"] % 2 == 0])) & (mine["sample"] % 2 == 1)]
+        found.setdefault((topic, method), []).append(rest[["behaviour", "coherence"]].mean().prod())
+    values = pd.Series({topic: np.mean(found[topic, a]) - np.mean(found[topic, b]) for topic in sorted({topic for topic, _ in found})})
+    return t_interval(values), values
 
 
 def save_scores(judged: pd.DataFrame, path: str | Path) -> Path:

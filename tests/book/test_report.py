@@ -14,10 +14,10 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from steerkit.book import report
-from steerkit.book.cards import compare, verdict
+from steerkit.book.cards import verdict
 from steerkit.book.report import METHOD_COLOURS, METHOD_MARKERS, Book, results_table
 from steerkit.files import write_atomic
-from steerkit.stats import Interval
+from steerkit.stats import Interval, t_interval
 
 
 @pytest.fixture
@@ -129,53 +129,60 @@ def test_style_draws_in_the_palette():
 
 
 # ---------------------------------------------------------------------------------------------------- cards
+UP, DOWN, AROUND = Interval(0.10, 0.05, 0.15, 90), Interval(-0.10, -0.15, -0.05, 90), Interval(0.05, -0.05, 0.15, 90)
+NO_INTERVAL = Interval(0.36, float("nan"), float("nan"), 1)
+
+
 @pytest.mark.parametrize(
-    "paper, ours, options, expected",
+    "ours, options, expected",
     [
-        (0.36, Interval(0.30, 0.25, 0.38, 90), {}, "replicates"),
-        (0.36, 0.37, {"tolerance": 0.02}, "replicates"),
-        (Interval(0.36, 0.34, 0.39, 9), Interval(0.42, 0.38, 0.46, 9), {}, "replicates"),
-        (0.36, Interval(0.10, 0.05, 0.15, 90), {}, "same trend"),
-        (-0.36, Interval(-0.10, -0.15, -0.05, 90), {}, "same trend"),
-        (0.36, Interval(0.10, -0.05, 0.15, 90), {}, "differs"),
-        (0.36, Interval(-0.10, -0.15, -0.05, 90), {}, "differs"),
-        (1.3, Interval(1.1, 1.05, 1.2, 90), {"null": 1.0}, "same trend"),
-        (1.3, Interval(0.9, 0.85, 0.95, 90), {"null": 1.0}, "differs"),
-        (0.0, Interval(0.9, 0.85, 0.95, 90), {}, "differs"),
-        (0.36, None, {}, "not testable here"),
-        (0.36, Interval(0.36, float("nan"), float("nan"), 1), {}, "not testable here"),  # no interval, no verdict
-        (0.36, Interval(0.20, -0.10, 0.50, 9), {}, "not testable here"),  # holds the claim and its denial
-        (0.0, Interval(0.01, -0.02, 0.03, 9), {}, "replicates"),
+        (UP, {"side": 0.36}, "same direction"),
+        (DOWN, {"side": -0.01}, "same direction"),  # the paper's size plays no part
+        (DOWN, {"side": 0.36}, "opposite"),
+        (UP, {"side": -1}, "opposite"),
+        (AROUND, {"side": 1}, "undecided"),
+        (Interval(0.05, 0.0, 0.1, 9), {"side": 1}, "undecided"),
+        (Interval(1.1, 1.05, 1.2, 90), {"side": 1, "null": 1.0}, "same direction"),
+        (Interval(0.9, 0.85, 0.95, 90), {"side": 1, "null": 1.0}, "opposite"),
+        (None, {"side": 1}, "not testable here"),
+        (NO_INTERVAL, {"side": 1}, "not testable here"),
+        (AROUND, {"side": 0, "within": 0.2}, "same direction"),  # a claim of no effect
+        (AROUND, {"side": 0, "within": 0.1}, "undecided"),
+        (UP, {"side": 0, "within": 0.02}, "opposite"),
+        (DOWN, {"side": 0, "within": 0.02}, "opposite"),
+        (UP, {"side": 0, "within": 0.12}, "undecided"),
     ],
 )
-def test_verdict_follows_the_rule(paper, ours, options, expected):
-    assert verdict(paper, ours, **options) == expected
+def test_verdict_follows_the_rule(ours, options, expected):
+    assert verdict(ours, **options) == expected
 
 
-def test_card_has_the_weakest_verdict_of_its_rows():
-    card = compare(
-        "a < b",
-        {"BCS": 0.3, "coherence": 0.5, "MMLU": 0.1},
-        {"BCS": Interval(0.3, 0.2, 0.4, 50), "coherence": Interval(0.2, 0.1, 0.3, 50), "MMLU": None},
-    )
-    assert [r.verdict for r in card.rows] == [
-        "replicates",
-        "same trend",
-        "not testable here",
-    ] and card.verdict == "same trend"
-    page = card._repr_html_()
-    assert "a &lt; b" in page and "0.30 [0.20, 0.40], n = 50" in page and page.count("<tr>") == 4
-    assert "same trend" in str(card)
+def test_a_verdict_agrees_with_the_sign_test_of_many_draws():
+    """Under no effect the two directions come up one time in forty each; a true effect never turns into its opposite."""
+    rng = np.random.default_rng(0)
+    said = [verdict(t_interval(rng.normal(0, 1, 9)), side=1) for _ in range(2000)]
+    assert 0.03 < np.mean([one != "undecided" for one in said]) < 0.07
+    assert "opposite" not in {verdict(t_interval(rng.normal(2, 1, 9)), side=1) for _ in range(500)}
 
 
-def test_card_in_words_needs_a_verdict(book):
-    with pytest.raises(ValueError, match="in words"):
-        book.card("steering is sharp", paper="yes", ours="no")
-    with pytest.raises(ValueError, match="verdict out of"):
-        book.card("steering is sharp", paper="yes", ours="no", verdict="sure")
-    with pytest.raises(ValueError, match="same keys"):
-        book.card("x", paper={"a": 1.0}, ours={"b": 1.0})
-    assert book.card("steering is sharp", paper="yes", ours="no", verdict="differs", why="small model").verdict == "differs"
+def test_a_claim_in_words_needs_a_side_and_one_of_no_effect_a_margin(book):
+    with pytest.raises(ValueError, match="give side"):
+        book.card("steering is sharp", paper="yes", ours=UP)
+    with pytest.raises(ValueError, match="within"):
+        book.card("MMLU stays level", paper=0.0, ours=UP)
+    assert book.card("steering is sharp", paper="yes", ours=UP, side=1).verdict == "same direction"
+    floor = book.card("coherence rises", paper=0.1, ours=UP, testable=False, note="unsteered coherence is 0.99")
+    assert floor.verdict == "not testable here" and floor.p is None and "0.99" in str(floor)
+
+
+def test_claims_of_one_notebook_are_corrected_together(book):
+    weak = Interval(0.10, 0.005, 0.195, 90)  # p = 0.04
+    for name, ours in {"a": UP, "b": weak, "c": AROUND, "d": None}.items():
+        book.card(name, paper=0.2, ours=ours)
+    table = book.claims().data
+    assert table.verdict.tolist() == ["same direction", "same direction", "undecided", "not testable here"]
+    assert table["after Holm"].tolist() == ["same direction", "undecided", "undecided", "not testable here"]
+    assert table.ours.tolist()[0] == "0.10 [0.05, 0.15], n = 90" and table["could be seen"].tolist()[::3] == ["0.071", ""]
 
 
 # ---------------------------------------------------------------------------------------------------- full runs
@@ -214,7 +221,7 @@ def test_close_writes_results_and_names_no_path(book, tmp_path):
     kept = json.loads((tmp_path / "runs/results.json").read_text())
     assert kept["coherence"] == {"value": 0.42, "low": 0.38, "high": 0.46, "n": 90, "unit": "0 to 1"}
     assert kept["speed"]["low"] is None and kept["one"]["high"] is None and "0.42" in said
-    assert json.loads((tmp_path / "runs/cards.json").read_text())[0]["verdict"] == "replicates"
+    assert json.loads((tmp_path / "runs/cards.json").read_text())[0]["verdict"] == "same direction"
     assert files(tmp_path / "runs") == ["cards.json", "results.json"]
     for text in (str(shown), shown._repr_html_()):
         assert "torch" in text and "GB" in text and "layer" in text and str(tmp_path) not in text
@@ -253,4 +260,4 @@ def test_results_table(tmp_path):
 
 
 def test_interval_and_row_are_plain_data():
-    assert asdict(Interval(1.0, 0.0, 2.0, 3)) == {"value": 1.0, "low": 0.0, "high": 2.0, "n": 3, "groups": None}
+    assert asdict(Interval(1.0, 0.0, 2.0, 3)) == {"value": 1.0, "low": 0.0, "high": 2.0, "n": 3, "groups": None, "df": None}

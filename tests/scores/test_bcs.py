@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from scipy import stats
 
 from steerkit.engine.decode import Sampling
 from steerkit.judges import Panel
@@ -77,11 +78,13 @@ def test_compare_pairs_topics_and_its_interval_covers_a_known_difference():
         return [(float(b), 1.0) for b in np.clip(rng.normal(mean, 0.05, n), 0, 1)]
 
     parts = []
-    for k, base in enumerate((0.2, 0.4, 0.6)):  # topics differ far more than methods do
+    for k, base in enumerate(np.linspace(0.2, 0.7, 8)):  # topics differ far more than methods do
         parts.append(scores({("baseline", 0): noisy(0.1), ("A", 20): noisy(base + 0.1), ("B", 20): noisy(base)}, topic=f"t{k}"))
     difference, by_topic = compare(pd.concat(parts), "A", "B")
     assert 0.1 in difference and difference.excludes(0) and difference.high - difference.low < 0.1
-    assert difference.groups == 3 and by_topic.tolist() == pytest.approx([0.1] * 3, abs=0.04)
+    assert difference.n == 8 and by_topic.tolist() == pytest.approx([0.1] * 8, abs=0.06)
+    plain = stats.ttest_1samp(by_topic, 0).confidence_interval(0.95)
+    assert (difference.low, difference.high) == pytest.approx((plain.low, plain.high))
     same, _ = compare(pd.concat(parts), "A", "A")
     assert 0 in same
 
