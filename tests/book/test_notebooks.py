@@ -15,6 +15,7 @@ from steerkit.models import load
 PROJECT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 LIMIT_BYTES, LIMIT_LINES, MEDIAN_LINES = 1_000_000, 30, 8
+LIMIT_WIDTH, LIMIT_PARAMETER = 115, 125  # in JupyterLab what is longer runs out of view
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
@@ -59,6 +60,8 @@ def test_cells_are_short_and_explained(path):
     sizes = [len(lines(c)) for c in code(nb)]
     long = [lines(c)[0] for c in code(nb) if len(lines(c)) > LIMIT_LINES]
     assert not long, f"code cells above {LIMIT_LINES} lines"
+    widths = [(line, LIMIT_WIDTH if c in code(nb) else LIMIT_PARAMETER) for c in code(nb, parameters=True) for line in lines(c)]
+    assert not [line for line, limit in widths if len(line) > limit], "code lines that run out of view"
     assert statistics.median(sizes) <= MEDIAN_LINES
     prose = sum(c.cell_type == "markdown" for c in nb.cells)
     assert prose >= 0.8 * len(code(nb)), f"{prose} cells of prose for {len(code(nb))} of code"
