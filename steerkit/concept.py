@@ -12,7 +12,10 @@ from steerkit.typed import STRICT, Text, read_yaml
 
 @dataclass(frozen=True)
 class Concept:
-    """One topic: its name and criterion, contrast prompts, held-out sentences on and off topic, and word stems.
+    """One topic: its name and criterion, sentences on and off topic for three uses that share none, and word stems.
+
+    positive_prompts, negative_prompts: contrast prompts, which make vectors and name candidate features. heldout: tells which of these
+    features a topic gets, and how well judges do. judge: all that a judge learns from, so that none learns from what made a vector.
 
     The least number of entries is asked of files (`load_concept`), not of a Concept that is made by hand.
     """
@@ -24,11 +27,14 @@ class Concept:
     negative_prompts: Annotated[tuple[Text, ...], Field(min_length=12)]
     heldout_positive: Annotated[tuple[Text, ...], Field(min_length=20)]
     heldout_negative: Annotated[tuple[Text, ...], Field(min_length=20)]
+    judge_positive: Annotated[tuple[Text, ...], Field(min_length=12)]
+    judge_negative: Annotated[tuple[Text, ...], Field(min_length=12)]
     lexicon: Annotated[tuple[Text, ...], Field(min_length=1)]
     __pydantic_config__ = STRICT
 
     def __post_init__(self):
-        sentences = self.positive_prompts + self.negative_prompts + self.heldout_positive + self.heldout_negative
+        sentences = (*self.positive_prompts, *self.negative_prompts, *self.heldout_positive, *self.heldout_negative)
+        sentences += (*self.judge_positive, *self.judge_negative)
         for entries in ([entry.strip().lower() for entry in group] for group in (self.lexicon, sentences)):
             if twice := sorted({entry for entry in entries if entries.count(entry) > 1}):
                 raise ValueError(f"expected every entry once, got {twice} more than once; remove the copies")

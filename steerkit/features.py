@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from steerkit.engine.packed import packed_linears
 from steerkit.engine.steer import eager, residual_blocks
 from steerkit.engine.tokens import text_ids
 from steerkit.inputs import strings, tensor
+from steerkit.stats import auroc
 
 
 class _Stop(Exception):
@@ -134,18 +137,38 @@ def feature_means(
     return torch.cat([part for batch in batches for part in halving(means, batch)])
 
 
-def separating(
-    positive: Float[Tensor, "p d_sae"], negative: Float[Tensor, "q d_sae"], *, k: int = 8, max_share: float = 0.1
-) -> Int[Tensor, " k"]:
-    """Return the k features with the largest gap in mean activation between two sets of texts, best first.
+def target_features(
+    means: Sequence[Float[Tensor, "texts d_sae"]],
+    density: Float[Tensor, " d_sae"],
+    *,
+    limits: Sequence[float] = (0.01, 0.02),
+    candidates: int = 20,
+) -> pd.DataFrame:
+    """Return the features that tell a topic's texts from others, best first: one rule for every method and every topic.
 
-    A feature that is active on more than `max_share` of the negative texts is passed over. Takes `feature_means`.
+    means: `feature_means` of the positive and the negative prompts, and of positive and negative sentences apart from these.
+    Candidates are the `candidates` features of the largest AUROC on the prompts (ties: the larger gap of means) among those that fire on
+    less than the first of `limits` of all tokens, or the next where none of these has an AUROC above one half. They are ordered by
+    AUROC on the sentences. Columns: feature, density, prompts and sentences (AUROC).
 
-    >>> separating(torch.tensor([[5.0, 9.0], [1.0, 9.0]]), torch.tensor([[0.0, 8.0], [0.0, 8.0]]), k=1).tolist()
+    Raises ValueError where no feature tells the prompts apart, or for means that are not finite.
+
+    >>> on, off = torch.tensor([[5.0, 0.0], [4.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 2.0]])
+    >>> target_features([on, off, on, off], torch.tensor([0.001, 0.001])).feature.tolist()
     [0]
     """
-    gap = tensor("feature means", positive.mean(0) - negative.mean(0)).masked_fill((negative > 0).float().mean(0) > max_share, -torch.inf)
-    return gap.topk(min(k, len(gap))).indices
+    on, off, held_on, held_off = (tensor("feature means", part).float().cpu().numpy() for part in means)
+    seen, gap = auroc(on, off), on.mean(0) - off.mean(0)
+    for limit in limits:
+        able = np.flatnonzero((density.cpu().numpy() < limit) & (seen > 0.5))
+        if len(able):
+            break
+    else:
+        raise ValueError(f"expected a feature below a density of {limits[-1]:g} that tells the prompts apart, got none: raise the limits")
+    best = able[np.lexsort((-gap[able], -seen[able]))[:candidates]]
+    held = auroc(held_on[:, best], held_off[:, best])
+    table = {"feature": best, "density": density.cpu().numpy()[best], "prompts": seen[best], "sentences": held}
+    return pd.DataFrame(table).sort_values("sentences", ascending=False, kind="stable", ignore_index=True)
 
 
 def lens_logits(model: nn.Module, directions: Float[Tensor, "n d_model"], *, chunk: int = 512) -> Iterator[Float[Tensor, "some vocab"]]:

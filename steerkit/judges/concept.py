@@ -43,10 +43,13 @@ def lexicon_score(texts: Sequence[str], lexicon: Sequence[str]) -> Float[np.ndar
 
 
 def training_set(concept: Concept, others: dict[str, Concept]) -> tuple[list[str], np.ndarray]:
-    """Return texts and labels: positive prompts (+1) against negative and all other concepts' prompts (-1)."""
-    off = list(concept.negative_prompts)
-    off += [p for o in others.values() if o.name != concept.name for p in o.positive_prompts + o.negative_prompts]
-    return [*concept.positive_prompts, *off], np.array([1.0] * len(concept.positive_prompts) + [-1.0] * len(off))
+    """Return texts and labels: a concept's judge sentences (+1) against those off topic and all other concepts' (-1).
+
+    No contrast prompt and no held-out sentence: what made a vector, or chose a feature, teaches no judge.
+    """
+    off = list(concept.judge_negative)
+    off += [p for o in others.values() if o.name != concept.name for p in o.judge_positive + o.judge_negative]
+    return [*concept.judge_positive, *off], np.array([1.0] * len(concept.judge_positive) + [-1.0] * len(off))
 
 
 def fit_direction(x: Float[np.ndarray, "texts d"], y: Float[np.ndarray, " texts"], ridge: float) -> tuple[Float[np.ndarray, " d"], float]:

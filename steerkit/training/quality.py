@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
-from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 
 from steerkit.concept import Concept
@@ -26,7 +25,7 @@ from steerkit.features import ordinary_positions, residuals, token_batches
 from steerkit.files import resolve
 from steerkit.methods.output_scores.inputs import input_scores
 from steerkit.methods.output_scores.score import lens_tokens, output_scores
-from steerkit.stats import bootstrap
+from steerkit.stats import auroc, bootstrap
 from steerkit.training.harvest import Block, token_rows
 
 
@@ -145,16 +144,6 @@ def spread(labels: Int[Tensor, "n k"]) -> Int[Tensor, " n"]:
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     return (new & (ordered >= 0)).sum(1)
-
-
-def auroc(positive: Shaped[np.ndarray, "p n"], negative: Shaped[np.ndarray, "q n"]) -> Float[np.ndarray, " n"]:
-    """Return each column's AUROC: the chance that a positive row exceeds a negative one, ties counting half (Mann and Whitney's U / pq).
-
-    >>> auroc(np.array([[2.0, 0.0], [3.0, 0.0]]), np.array([[1.0, 0.0], [2.0, 1.0]])).tolist()
-    [0.875, 0.25]
-    """
-    u = mannwhitneyu(positive, negative, method="asymptotic").statistic
-    return u.astype(float) / (len(positive) * len(negative))
 
 
 @torch.inference_mode()

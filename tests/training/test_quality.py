@@ -26,7 +26,7 @@ def test_auroc_is_scikit_learns():
     a, b = rng.integers(0, 5, (20, 6)), rng.integers(0, 4, (30, 6))
     truth = [1] * 20 + [0] * 30
     want = [roc_auc_score(truth, np.concatenate([a[:, i], b[:, i]])) for i in range(6)]
-    np.testing.assert_allclose(quality.auroc(a, b), want)
+    np.testing.assert_allclose(stats.auroc(a, b), want)
 
 
 def test_the_chosen_feature_has_not_seen_the_held_out_sentences():
@@ -37,7 +37,7 @@ def test_the_chosen_feature_has_not_seen_the_held_out_sentences():
     parts[0][:, 4] += 5  # both, but it is dense
     parts[2][:, 4] += 5
     row = quality.topic_aurocs({"t": parts}, np.array([True] * 4 + [False])).iloc[0]
-    assert row.feature == 2 and row.best == 1.0 and row.chosen == pytest.approx(quality.auroc(parts[2], parts[3])[2])
+    assert row.feature == 2 and row.best == 1.0 and row.chosen == pytest.approx(stats.auroc(parts[2], parts[3])[2])
 
 
 def test_stability_of_a_decoder_with_itself_and_with_noise():
