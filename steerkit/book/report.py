@@ -161,7 +161,8 @@ class Book:
             }
             for one, after in zip(self.cards.values(), corrected(self.cards.values()))
         ]
-        return pd.DataFrame(rows).style.hide(axis="index").set_properties(**{"text-align": "left"})
+        table = pd.DataFrame(rows).style.hide(axis="index").set_properties(**{"text-align": "left"})
+        return table.set_table_styles([{"selector": "th", "props": "text-align: left"}])
 
     def close(self, parameters: dict | None = None) -> Provenance:
         """Write results.json and cards.json into `out_dir`, and return the provenance to show in the last cell."""
