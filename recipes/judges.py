@@ -14,7 +14,7 @@ from sklearn.model_selection import GroupKFold
 from recipes import judge_fitting as fitting
 from steerkit.concept import concepts
 from steerkit.files import DATA, write_atomic
-from steerkit.judges import coherence, concept, refusal
+from steerkit.judges import bigrams, coherence, concept, refusal
 from steerkit.models import load
 from steerkit.stats import Interval, bootstrap
 
@@ -133,6 +133,12 @@ def main(arguments: list[str] | None = None) -> int:
     own = fitting.anchor_features(lab.hf, lab.tokenizer)
     table += coherence_table(names, x, y, groups, own)
     save("coherence", fitting.fit_coherence(names, x, y, own))
+
+    names, x = bigrams.feature_matrix([row["text"] for row in data])
+    prompts, texts, labels = fitting.anchors()
+    own = bigrams.feature_matrix([p + t for p, t in zip(prompts, texts)])[1], labels
+    table += [(f"bigrams: {name}", found) for name, found in coherence_table(names, x, y, groups, own)]
+    save("bigrams", fitting.fit_coherence(names, x, y, own))
 
     lines = ["| judge | agreement | 95 % interval | n |", "|---|---|---|---|"]
     lines += [f"| {name} | {i.value:.3f} | {i.low:.3f} to {i.high:.3f} | {i.n} |" for name, i in table]

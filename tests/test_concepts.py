@@ -21,6 +21,8 @@ def good() -> dict:
         "negative_prompts": [f"negative {w}" for w in words[:12]],
         "heldout_positive": [f"held positive {w}" for w in words[:20]],
         "heldout_negative": [f"held negative {w}" for w in words[:20]],
+        "judge_positive": [f"judge positive {w}" for w in words[:12]],
+        "judge_negative": [f"judge negative {w}" for w in words[:12]],
         "lexicon": ["farm*", "cow"],
     }
 
@@ -31,18 +33,41 @@ def write(folder, content) -> str:
     return path
 
 
-def test_the_nine_topics_have_enough_and_no_shared_text():
+LISTS = ("positive_prompts", "negative_prompts", "heldout_positive", "heldout_negative", "judge_positive", "judge_negative")
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def test_topics_are_many_and_the_papers_nine_are_among_them():
     found = concepts()
-    assert list(found) == NINE
-    seen = {}
+    assert len(found) >= 30 and set(NINE) <= set(found)
     for name, concept in found.items():
         assert concept.name == name and concept.title and concept.criterion.endswith(".")
-        assert min(len(concept.positive_prompts), len(concept.negative_prompts)) >= 12
-        assert min(len(concept.heldout_positive), len(concept.heldout_negative)) >= 20
-        assert len(concept.positive_prompts) == len(concept.negative_prompts), "prompts are meant to be pairs"
-        for text in concept.positive_prompts + concept.heldout_positive + concept.heldout_negative:
-            key = re.sub(r"\W+", " ", text.lower())
+        sizes = [len(getattr(concept, key)) for key in LISTS]
+        assert sizes == [16, 16, 20, 20, 16, 16], (name, sizes)
+
+
+def test_no_sentence_serves_two_topics_or_two_uses():
+    """What made a vector, chose its feature and taught the judge must not be the same text, not even nearly."""
+    seen = {}
+    for name, concept in concepts().items():
+        uses = [{tuple(w[i : i + 4]) for text in (*getattr(concept, a), *getattr(concept, b)) for w in [words_of(text)]
+                 for i in range(len(w) - 3)} for a, b in zip(LISTS[::2], LISTS[1::2])]  # fmt: skip
+        assert not uses[0] & uses[1] and not uses[0] & uses[2] and not uses[1] & uses[2], name
+        for text in (t for key in LISTS for t in getattr(concept, key)):
+            key = " ".join(words_of(text))
             assert seen.setdefault(key, name) == name, f"{text!r} is in {name} and in {seen[key]}"
+
+
+def test_held_out_sentences_are_of_several_kinds():
+    for name, concept in concepts().items():
+        if name in NINE:
+            continue
+        for texts in (concept.heldout_positive, concept.heldout_negative):
+            assert sum(text.rstrip('"”»').endswith("?") for text in texts) >= 4, name
+            assert sum(any(mark in text for mark in '"“«') for text in texts) >= 4, name
 
 
 def test_contrast_pairs_differ_little_in_length():

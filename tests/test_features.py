@@ -1,11 +1,13 @@
 """Features of text: streams, pooling, lens and contexts, each against a loop."""
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from sklearn.metrics import roc_auc_score
 from steered import padded
 
-from steerkit.features import feature_means, logit_lens, ordinary_positions, read, residuals, separating, token_batches, top_contexts
+from steerkit.features import feature_means, logit_lens, ordinary_positions, read, residuals, target_features, token_batches, top_contexts
 
 TEXTS = ["abc", "a longer text than the first", "q"]
 
@@ -100,10 +102,30 @@ def test_a_layer_that_the_model_lacks_is_a_clear_error():
         residuals(tiny.model("llama"), torch.ones(1, 3, dtype=torch.long), layers=[3])
 
 
+def test_a_target_feature_tells_prompts_and_other_sentences_apart_and_is_rare():
+    """Planted: 3 tells both apart; 1 the prompts alone; 4 both, but it is dense; 6 nothing; 2 both, a little less."""
+    rng = np.random.default_rng(0)
+    on, off, held_on, held_off = (torch.from_numpy(rng.random((16, 8))) for _ in range(4))
+    for feature, part in ((3, on), (3, held_on), (1, on), (4, on), (4, held_on), (2, on)):
+        part[:, feature] += 5
+    held_on[:14, 2] += 5
+    density = torch.full((8,), 0.005)
+    density[4] = 0.3
+    table = target_features([on, off, held_on, held_off], density, candidates=3)
+    assert table.feature.tolist() == [3, 2, 1] and table.sentences.tolist()[0] == 1.0 and table.prompts.tolist() == [1.0] * 3
+    labels = np.arange(32) < 16
+    wanted = roc_auc_score(labels, np.concatenate([held_on[:, 2], held_off[:, 2]]))
+    assert table.sentences[1] == pytest.approx(wanted) and (table.density < 0.01).all()
+    second = target_features([on, off, held_on, held_off], density * 3, candidates=3)  # none below one per cent: the next limit
+    assert second.feature.tolist() == [3, 2, 1]
+    with pytest.raises(ValueError, match=r"below a density of 0\.02"):
+        target_features([on, off, held_on, held_off], density + 1)
+
+
 def test_no_feature_is_chosen_by_means_that_are_not_numbers():
     positive = torch.tensor([[5.0, float("nan"), 1.0]])
     with pytest.raises(ValueError, match="feature means: expected finite numbers"):
-        separating(positive, torch.zeros(1, 3), k=1)
+        target_features([positive, torch.zeros(1, 3)] * 2, torch.zeros(3))
     lab = tiny.lab(hf=tiny.model("llama").half())
     with torch.no_grad():
         lab.hf.lm_head.weight.fill_(6e4)

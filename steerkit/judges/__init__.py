@@ -93,7 +93,8 @@ def panel(
     max_calls: int = 2000,
     **endpoint,
 ) -> Panel:
-    """Return who judges: "offline", this project's own judges, or "api:MODEL@URL", a model behind any OpenAI-compatible address.
+    """Return who judges: "offline", this project's own judges; "second", a lexicon and pairs of tokens, which share nothing with
+    these; or "api:MODEL@URL", a model behind any OpenAI-compatible address.
 
     rubric: what a model is asked, "sae_ts" (behaviour and coherence, 1 to 10) or "axbench" (concept and fluency, 0 to 2); both
     ask AxBench's question about the instruction, as SAE-TS has none, and all scores are brought to 0..1. cassette: the file
@@ -118,10 +119,18 @@ def panel(
             instruction=lambda texts, prompts=None: related_judge(prompts or ())(texts, prompts),
             by=embedded_by(),
         )
+    if spec == "second":
+        from steerkit.judges.bigrams import bigram_judge
+        from steerkit.judges.concept import lexicon_judge
+        from steerkit.judges.related import related_judge
+
+        related = lambda texts, prompts=None: related_judge(prompts or ())(texts, prompts)  # noqa: E731
+        return Panel(spec, concept=lexicon_judge, coherence=bigram_judge(), instruction=related)
     from steerkit.judges.api import Answers, Endpoint, api_panel
 
     found = re.fullmatch(r"api:(.+)@(https?://\S+)", spec)
     if not found:
-        raise ValueError(f'judge: expected "offline" or "api:MODEL@URL", as in api:gpt-4o-mini@https://api.openai.com/v1, got {spec!r}')
+        as_in = "as in api:gpt-4o-mini@https://api.openai.com/v1"
+        raise ValueError(f'judge: expected "offline", "second" or "api:MODEL@URL", {as_in}, got {spec!r}')
     cassette = resolve(cassette or cache_dir() / "judged.jsonl")
     return api_panel(spec, rubric, Answers(Endpoint(found[2], found[1], **endpoint), cassette, max_calls))

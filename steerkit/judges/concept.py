@@ -95,3 +95,17 @@ def concept_judge(concept: Concept | str, *, others: dict[str, Concept] | None =
         return np.where([bool(text.strip()) for text in texts], p, 0.0)
 
     return judge
+
+
+def lexicon_judge(concept: Concept | str) -> Judge:
+    """Return the second opinion: `lexicon_score` with the concept's own words, which no embedding has seen.
+
+    >>> lexicon_judge("london")(["We took the tube to Camden.", "Potatoes grow in sandy soil."]).tolist()
+    [0.75, 0.0]
+    """
+    words = (named(concept) if isinstance(concept, str) else concept).lexicon
+
+    def judge(texts: Sequence[str], prompts: Sequence[str] | None = None) -> Float[np.ndarray, " texts"]:
+        return lexicon_score(checked(texts, prompts)[0], words)
+
+    return judge

@@ -20,6 +20,7 @@ from steerkit.stats import Interval, clean, paired_difference, t_interval
 from steerkit.store import Work
 from steerkit.vectors import SteeringVector
 
+COLUMNS = ["topic", "method", "scale", "prompt", "sample", "text"]
 SCALES = tuple(float(s) for s in range(0, 301, 20))
 SAMPLING = Sampling(top_k=50, top_p=0.3, max_new_tokens=30)
 
@@ -58,12 +59,21 @@ def sweep(
     arms = [plain, *(arm for topic, v in aims for arm in grid([v], scales, topic=topic, method=v.name))]
     sampling = replace(protocol.sampling, stop=protocol.sampling.stop or lab.ends)
     texts = generate(lab, protocol.prompts, arms, samples=protocol.samples, sampling=sampling, work=work)
-    judges, mine = judges or panel(), {topic: texts[(texts.topic == topic) | texts.topic.isna()] for topic in by_topic}
-    asked = [(judges.coherence, texts), *((judges.concept(topic), part) for topic, part in mine.items())]
+    mine = [texts[(texts.topic == topic) | texts.topic.isna()].assign(topic=topic) for topic in by_topic]
+    return judged(pd.concat(mine)[COLUMNS].sort_values(COLUMNS[:5], ignore_index=True), judges, work)
+
+
+def judged(texts: pd.DataFrame, judges: Panel | None = None, work: Work = Work()) -> pd.DataFrame:
+    """Return texts of a sweep (`COLUMNS`) with behaviour and coherence by these judges, offline by default; other scores are replaced.
+
+    So kept texts can be judged by another panel without writing them again. Each distinct text is judged once.
+
+    >>> judged(load_scores("scores.csv.gz"), panel("second"))    # doctest: +SKIP
+    """
+    judges, texts = judges or panel(), texts[COLUMNS].reset_index(drop=True)
+    asked = [(judges.coherence, texts), *((judges.concept(topic), part) for topic, part in texts.groupby("topic"))]
     coherence, *behaviour = judges.score(asked, work)
-    rows = [part.assign(topic=t, behaviour=found, coherence=coherence) for (t, part), found in zip(mine.items(), behaviour)]
-    columns = ["topic", "method", "scale", "prompt", "sample", "text", "behaviour", "coherence"]
-    return pd.concat(rows)[columns].sort_values(columns[:5], ignore_index=True)
+    return texts.assign(behaviour=pd.concat(behaviour), coherence=coherence)
 
 
 def product(both: Float[np.ndarray, "n 2"], *, n_boot: int = 1000, seed: int = 0) -> dict[str, Interval]:
@@ -139,8 +149,8 @@ def compare(judged: pd.DataFrame, a: str, b: str) -> tuple[Interval, pd.Series]:
 
 
 def save_scores(judged: pd.DataFrame, path: str | Path) -> Path:
-    """Write the scores, not the texts, as gzipped csv with three decimals: small enough to ship."""
-    columns = ["topic", "prompt", "method", "scale", "sample", "behaviour", "coherence"]
+    """Write the texts and their scores as gzipped csv with three decimals: small enough to ship, and another judge can read them."""
+    columns = ["topic", "prompt", "method", "scale", "sample", "behaviour", "coherence", "text"]
     return write_table(path, judged[columns].sort_values(columns[:5]), digits="%.3f")
 
 

@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from recipes import gpu as gpu_run
+from steerkit import stats
 from steerkit.models.jumprelu import JumpReLU
 from steerkit.training import quality, train
 from steerkit.training.harvest import Block, Recipe, Sae
