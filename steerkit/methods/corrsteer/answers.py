@@ -9,7 +9,7 @@ from steerkit.engine.generate import BASELINE
 from steerkit.methods.corrsteer.select import ser
 from steerkit.questions import Question, bias_score
 from steerkit.questions.correct import letter
-from steerkit.stats import bootstrap, paired_difference
+from steerkit.stats import bootstrap, paired_difference, t_interval
 
 UNSTEERED = (BASELINE.name, "constrained, no steering")
 
@@ -35,9 +35,9 @@ def text_number(text: str) -> int:
 def compare(rows: pd.DataFrame, *, reference: str = BASELINE.name, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Return a row an arm: accuracy, its difference from the reference on the same questions, side effects, format errors.
 
-    Intervals draw whole groups (a country, a subject), as questions about one are not independent. Several runs (column
-    `seed`) are pooled; a group that is in several of them is drawn as one, as it brings the same questions to each. An
-    arm counts on the questions that it was asked.
+    Features are chosen anew for every seed. So where an arm has several seeds, these are what varies: n is their number, and the
+    interval is t over them. Where it has one, intervals draw whole groups of questions (a country, a subject), as questions about
+    one are not independent, and say nothing of another selection. An arm counts on the `questions` that it was asked.
     """
     rows = rows.assign(seed=rows["seed"] if "seed" in rows else 0)
     base = rows[rows.arm == reference].set_index(["seed", "question"])
@@ -45,14 +45,20 @@ def compare(rows: pd.DataFrame, *, reference: str = BASELINE.name, n_boot: int =
     for name, mine in rows.groupby("arm", sort=False):
         mine = mine.set_index(["seed", "question"])
         same = base.loc[mine.index]
-        labels = same.group.astype(str).to_numpy()
-        before, after = same.correct.to_numpy(), mine.correct.to_numpy()
-        effects = ser(same.text.tolist(), mine.text.tolist(), before, after)
+        before, after = same.correct.astype(float), mine.correct.astype(float)
+        effects = ser(same.text.tolist(), mine.text.tolist(), before.to_numpy(), after.to_numpy())
+        runs = after.index.get_level_values("seed")
+        if runs.nunique() > 1:
+            accuracy, gain = (t_interval(values.groupby(runs).mean()) for values in (after, after - before))
+        else:
+            how = {"groups": same.group.astype(str).to_numpy(), "n_boot": n_boot, "seed": seed}
+            accuracy, gain = bootstrap(after.to_numpy(), **how), paired_difference(after.to_numpy(), before.to_numpy(), **how)
         table.append(
             {
                 "method": name,
-                "accuracy": bootstrap(after, groups=labels, n_boot=n_boot, seed=seed),
-                "gain": paired_difference(after, before, groups=labels, n_boot=n_boot, seed=seed),
+                "accuracy": accuracy,
+                "gain": gain,
+                "questions": len(mine),
                 "SER": effects.ratio,
                 "worse": effects.negative,
                 "better": effects.positive,

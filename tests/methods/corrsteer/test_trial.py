@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import tiny
 import torch
 from scipy.sparse import csr_array
@@ -177,19 +178,22 @@ def test_bias_of_answers_by_arm_and_context():
     assert found.accuracy["calm"] == pytest.approx(1 / 3) and set(found.context) == {"ambig"}
 
 
-def test_compare_counts_changes_and_pools_seeds_by_group():
+def test_compare_counts_changes_and_its_unit_is_the_selection():
     def run(seed, base, other):
         arms = [(arm, i, v) for arm, values in (("baseline", base), ("x", other)) for i, v in enumerate(values)]
         frame = pd.DataFrame(arms, columns=["arm", "question", "correct"]).assign(seed=seed, group=["a", "a", "b", "b"] * 2)
         return frame.assign(text=frame.correct.astype(str), outcome=np.where(frame.correct, "right", "wrong"))
 
-    both = pd.concat([run(0, [1, 0, 0, 1], [1, 1, 0, 0]), run(1, [0, 0, 1, 1], [1, 1, 1, 1])])
-    found = tables.compare(both, n_boot=200).loc["x"]
-    assert (found.worse, found.better, found.changed) == (1, 3, 4) and found.SER == 0.25
-    assert found.gain.value == pytest.approx(0.25) and found.gain.groups == 2  # a group is one, whatever runs it is in
-    assert (found.gain.low, found.gain.high) == (-0.25, 0.75)  # a draw of twice a: 3 of 4 better; twice b: 1 of 4 worse
+    both = pd.concat([run(0, [1, 0, 0, 1], [1, 1, 0, 0]), run(1, [0, 0, 1, 1], [1, 1, 1, 1]), run(2, [0, 0, 0, 1], [1, 0, 0, 1])])
+    found = tables.compare(both).loc["x"]
+    assert (found.worse, found.better, found.changed, found.questions) == (1, 4, 5, 12) and found.SER == 0.2
+    gains = [0.0, 0.5, 0.25]  # one number a selection, whatever the questions
+    plain = scipy.stats.ttest_1samp(gains, 0).confidence_interval(0.95)
+    assert found.gain.n == 3 and (found.gain.low, found.gain.high) == pytest.approx((plain.low, plain.high))
+    assert found.accuracy.value == pytest.approx(np.mean([0.5, 1.0, 0.5]))
     once = tables.compare(both[(both.arm == "baseline") | (both.seed == 1)], n_boot=200).loc["x"]  # asked in one run only
-    assert once.gain.n == 4 and once.gain.value == pytest.approx(0.5) and once.accuracy.value == 1.0
+    assert (once.gain.n, once.gain.groups, once.gain.value) == (4, 2, 0.5) and once.accuracy.value == 1.0
+    assert (once.gain.low, once.gain.high) == (0.0, 1.0)  # a draw of twice b; twice a
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
