@@ -44,6 +44,11 @@ class Concept:
         """The positive and the negative prompts."""
         return self.positive_prompts, self.negative_prompts
 
+    @property
+    def held_out(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The positive and the negative held-out sentences."""
+        return self.heldout_positive, self.heldout_negative
+
 
 def load_concept(path: str | Path) -> Concept:
     """Read one concept from a YAML file.

@@ -1,6 +1,6 @@
 """SAE features of text: residual streams, encoding, pooling over tokens, density, logit lens, top contexts."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from steerkit.concept import Concept
 from steerkit.engine.lab import Lab, Place
 from steerkit.engine.memory import halving
 from steerkit.engine.packed import packed_linears
 from steerkit.engine.steer import eager, residual_blocks
 from steerkit.engine.tokens import text_ids
-from steerkit.inputs import strings, tensor
+from steerkit.inputs import Whole, strings, tensor, whole
 from steerkit.stats import auroc
 
 
@@ -169,6 +170,30 @@ def target_features(
     held = auroc(held_on[:, best], held_off[:, best])
     table = {"feature": best, "density": density.cpu().numpy()[best], "prompts": seen[best], "sentences": held}
     return pd.DataFrame(table).sort_values("sentences", ascending=False, kind="stable", ignore_index=True)
+
+
+def topic_features(
+    at: Place, topics: Mapping[str, Concept], density: Float[Tensor, " d_sae"], *, given: Mapping[str, Whole] | None = None
+) -> pd.DataFrame:
+    """Return a row a topic: its feature by `target_features`, or the `given` one, with density and AUROC on prompts and sentences.
+
+    given: features by topic, such as the ids that the authors of a paper published; `by` says which of the two a feature is.
+    Raises ValueError for a given feature that the SAE lacks.
+
+    >>> topic_features(lab.at(13), {"love": concepts()["love"]}, density)    # doctest: +SKIP
+    """
+    rows, given = [], {name: whole(f"given, {name}", i) for name, i in (given or {}).items()}
+    if lacking := {name: i for name, i in given.items() if not 0 <= i < len(density)}:
+        raise ValueError(f"given: expected features 0 to {len(density) - 1}, got {lacking}: they belong to another SAE")
+    for name, topic in topics.items():
+        means = [feature_means(at, texts) for texts in (*topic.contrast, *topic.held_out)]
+        if name in given:
+            i, (on, off, held_on, held_off) = given[name], (part[:, [given[name]]].numpy() for part in means)
+            found = {"feature": i, "density": float(density[i]), "prompts": auroc(on, off)[0], "sentences": auroc(held_on, held_off)[0]}
+        else:
+            found = target_features(means, density).iloc[0].to_dict()
+        rows.append({"topic": name, **found, "feature": int(found["feature"]), "by": "given" if name in given else "rule"})
+    return pd.DataFrame(rows).set_index("topic")
 
 
 def lens_logits(model: nn.Module, directions: Float[Tensor, "n d_model"], *, chunk: int = 512) -> Iterator[Float[Tensor, "some vocab"]]:
