@@ -134,6 +134,20 @@ def best_scale(texts: pd.DataFrame) -> float:
     return float(texts.groupby("scale")[["behaviour", "coherence"]].mean().prod(axis=1).idxmax())
 
 
+def with_choice(judged: pd.DataFrame, name: str, members: Sequence[str]) -> pd.DataFrame:
+    """Return the texts with one method more: for each topic and prompt, the member with the highest peak BCS on even samples.
+
+    So a setting, lambda say, is chosen as a scale is: where it is not reported. `variant` names what each row was before.
+    """
+    rows = [judged.assign(variant=judged.method)]
+    for _, part in judged[judged.method.isin(members)].groupby(["topic", "prompt"]):
+        even = part[part["sample"] % 2 == 0]
+        means = even.groupby(["method", "scale"])[["behaviour", "coherence"]].mean().prod(axis=1)
+        best = means.idxmax()[0]
+        rows.append(part[part.method == best].assign(method=name, variant=best))
+    return pd.concat(rows, ignore_index=True)
+
+
 def compare(judged: pd.DataFrame, a: str, b: str) -> tuple[Interval, pd.Series]:
     """Return mean over topics of peak BCS of method a minus b, held out, and the difference by topic.
 

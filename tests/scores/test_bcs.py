@@ -11,7 +11,20 @@ from scipy import stats
 
 from steerkit.engine.decode import Sampling
 from steerkit.judges import Panel
-from steerkit.scores.bcs import Protocol, agreement, best_scale, compare, curves, load_scores, peaks, product, save_scores, sweep
+from steerkit.scores.bcs import (
+    Protocol,
+    agreement,
+    best_scale,
+    compare,
+    curves,
+    load_scores,
+    peaks,
+    product,
+    save_scores,
+    sweep,
+    with_choice,
+)
+from steerkit.scores.bcs import judged as judged_by
 from steerkit.store import Work
 from steerkit.vectors import SteeringVector
 
@@ -62,6 +75,28 @@ def test_curves_give_every_method_the_unsteered_text_as_scale_0():
     at = table[table.score == "BCS"].set_index(["method", "scale"]).value
     assert at["A", 0.0] == at["B", 0.0] == pytest.approx(0.09) and at["A", 20.0] == pytest.approx(0.25)
     assert set(table.score) == {"behaviour", "coherence", "BCS"} and len(table) == 2 * 2 * 3
+
+
+def test_a_setting_is_chosen_where_it_is_not_reported():
+    """lambda 1 is best on even samples, lambda 0 on odd ones: the choice is 1, and its peak is what odd samples say of it."""
+    texts = scores({("baseline", 0): [(0.0, 1.0)] * 8, ("l0", 20): [(0.2, 1.0), (0.9, 1.0)] * 4, ("l1", 20): [(0.6, 1.0), (0.1, 1.0)] * 4})
+    both = with_choice(texts, "chosen", ["l0", "l1"])
+    assert both[both.method == "chosen"].variant.unique().tolist() == ["l1"] and len(both) == len(texts) + 8
+    peak = peaks(both).set_index("method").bcs
+    assert peak["chosen"] == peak["l1"] == pytest.approx(0.1) and peak["l0"] == pytest.approx(0.9)
+
+
+def test_kept_texts_are_judged_anew():
+    lab = tiny.lab(saes={})
+    judge = lambda by: Panel(by, lambda topic: lambda texts, prompts=None: np.array([len(t) + len(topic) for t in texts]) / 1e3,  # noqa: E731
+                             lambda texts, prompts=None: np.array([t.count(by) for t in texts]) / 1e3, None)  # fmt: skip
+    vector = SteeringVector("v", torch.eye(tiny.D_MODEL)[0], 1, "tiny")
+    protocol = Protocol(scales=(0.0, 4.0), samples=3, sampling=Sampling(max_new_tokens=5))
+    first = sweep(lab, {"x": [vector], "longer": [vector]}, protocol=protocol, judges=judge("a"), work=Work(progress=False))
+    again = judged_by(first, judge("b"), Work(progress=False))
+    assert again.text.tolist() == first.text.tolist() and again.behaviour.tolist() == first.behaviour.tolist()
+    assert again.coherence.tolist() == [t.count("b") / 1e3 for t in first.text]
+    pd.testing.assert_frame_equal(judged_by(again, judge("a"), Work(progress=False)), first)
 
 
 def test_agreement_looks_only_at_points_of_both_runs():

@@ -191,6 +191,21 @@ def agreement(predicted: Float[Tensor, "n d_sae"], measured: Float[Tensor, "n d_
     return {"r2": float(1 - parts[:, 0].sum() / parts[:, 1].sum()), "parts": parts.numpy(), "cosine": cosine.numpy()}
 
 
+def split_half(x: Float[Tensor, "n d_model"], y: Float[Tensor, "n d_sae"], *, seed: int = 0, **how) -> Float[Tensor, " d_sae"]:
+    """Return how far noise moves each column of M: its cosine with the same column, each fitted on one half of the vectors.
+
+    1 is a column without noise, 0 one that is nothing else. The column that is fitted on all vectors has half of that noise:
+    its cosine with a second one like it would be about 2 r / (1 + r) (Spearman and Brown). how: as in `fit_ridge`.
+
+    >>> x, M = torch.nn.functional.normalize(torch.randn(400, 4), dim=1), torch.randn(4, 3)
+    >>> bool((split_half(x, x @ M) > 0.99).all())
+    True
+    """
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    first, second = (fit_ridge(x[half], y[half], **how)[0].M for half in order.chunk(2))
+    return nn.functional.cosine_similarity(first, second, dim=0)
+
+
 def budget(
     x: Float[Tensor, "n d_model"],
     parts: Float[Tensor, "n 2 d_sae"],

@@ -17,6 +17,7 @@ from steerkit.methods.sae_ts.approximator import (
     pseudo_inverse,
     rotated,
     rotation,
+    split_half,
     target,
     unit,
 )
@@ -158,6 +159,18 @@ def test_agreement_is_one_for_the_truth_zero_for_the_mean():
     assert mean["r2"] == 0 and not mean["cosine"].any()
     half = agreement(centre + (y - centre) / 2, y, centre)
     assert half["r2"] == pytest.approx(0.75) and half["cosine"].min() == pytest.approx(1)
+
+
+def test_split_halves_agree_as_far_as_noise_lets_them():
+    """Columns of signal s and noise e: E cosine = s^2 / (s^2 + e^2), e^2 from least squares on half of the vectors."""
+    x, M = normal(4000, 8, seed=1), torch.zeros(8, 3)
+    M[:, 1:] = torch.nn.functional.normalize(normal(8, 2, seed=2), dim=0)
+    noise = torch.tensor([1.0, 15.8, 0.1])
+    y = x @ M + noise * normal(4000, 3, seed=3)
+    many = torch.stack([split_half(x, x @ M + noise * normal(4000, 3, seed=s), penalties=(1e-6,)) for s in range(10, 40)])
+    expected = [1 / (1 + 8 * float(e) ** 2 / 2000) for e in noise[1:]]
+    assert many.mean(0).tolist() == pytest.approx([0.0, *expected], abs=0.12)
+    assert split_half(x, y, penalties=(1e-6,))[2] > 0.99
 
 
 def test_a_budget_buys_more_with_more_vectors_when_noise_is_small():
