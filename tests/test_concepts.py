@@ -46,7 +46,7 @@ def test_topics_are_many_and_the_papers_nine_are_among_them():
     for name, concept in found.items():
         assert concept.name == name and concept.title and concept.criterion.endswith(".")
         sizes = [len(getattr(concept, key)) for key in LISTS]
-        assert sizes == [16, 16, 20, 20, 16, 16], (name, sizes)
+        assert sizes[0] == sizes[1] >= 16 and sizes[2:] == [20, 20, 16, 16], (name, sizes)
 
 
 def test_no_sentence_serves_two_topics_or_two_uses():

@@ -89,7 +89,8 @@ def test_a_setting_is_chosen_where_it_is_not_reported():
 def test_kept_texts_are_judged_anew():
     lab = tiny.lab(saes={})
     judge = lambda by: Panel(by, lambda topic: lambda texts, prompts=None: np.array([len(t) + len(topic) for t in texts]) / 1e3,  # noqa: E731
-                             lambda texts, prompts=None: np.array([t.count(by) for t in texts]) / 1e3, None)  # fmt: skip
+                             lambda texts, prompts=None: np.array([t.count(by) for t in texts]) / 1e3,
+                             lambda texts, prompts=None: np.zeros(len(texts)))  # fmt: skip
     vector = SteeringVector("v", torch.eye(tiny.D_MODEL)[0], 1, "tiny")
     protocol = Protocol(scales=(0.0, 4.0), samples=3, sampling=Sampling(max_new_tokens=5))
     first = sweep(lab, {"x": [vector], "longer": [vector]}, protocol=protocol, judges=judge("a"), work=Work(progress=False))
