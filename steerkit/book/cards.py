@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from steerkit.stats import Interval, holm
 
-VERDICTS = ("same direction", "undecided", "opposite", "not testable here")
-
 
 @dataclass(frozen=True)
 class Card:

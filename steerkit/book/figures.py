@@ -60,20 +60,20 @@ def style() -> None:
     )
 
 
-def panels(names: Sequence[str], *, xlabel: str, ylabel: str, columns: int = 3, height: float = 2.6):
-    """Return a figure and {name: axes}: small panels with shared axes, one for each name, labelled on the outside."""
+def panels(names: Sequence[str], *, xlabel: str, ylabel: str, columns: int = 3, height: float = 2.6, sharex: bool = True):
+    """Return a figure and {name: axes}: small panels, one for each name, labelled on the outside; each has its own x axis unless sharex."""
     import matplotlib.pyplot as plt
 
     rows, columns = -(-len(names) // columns), min(columns, len(names))
     fig, axes = plt.subplots(
-        rows, columns, figsize=(max(3.0 * columns, 6.0), max(height * rows, 3.2)), sharex=True, sharey=True, squeeze=False
+        rows, columns, figsize=(max(3.0 * columns, 6.0), max(height * rows, 3.2)), sharex=sharex, sharey=True, squeeze=False
     )
     for i, ax in enumerate(axes.flat):
         if i >= len(names):
             ax.set_axis_off()
             continue
         ax.set_title(names[i].replace("_", " "), fontsize=10)
-        below = i + columns >= len(names)
+        below = not sharex or i + columns >= len(names)
         ax.set(xlabel=xlabel if below else "", ylabel=ylabel if i % columns == 0 else "")
         ax.tick_params(labelbottom=below)
     return fig, dict(zip(names, axes.flat))
