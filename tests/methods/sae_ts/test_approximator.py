@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -97,8 +98,8 @@ def test_bad_targets_are_clear_errors(some, at):
 def test_ridge_recovers_a_planted_map_and_adam_comes_close():
     M, b = normal(12, 30, seed=2), normal(30, seed=3)
     x = torch.nn.functional.normalize(normal(600, 12, seed=4), dim=1)
-    ridge, r2 = fit_ridge(x, x @ M + b)
-    assert (ridge.M - M).abs().max() < 0.01 and max(r2.values()) > 0.9999
+    ridge, table = fit_ridge(x, x @ M + b)
+    assert (ridge.M - M).abs().max() < 0.01 and table.r2.max() > 0.9999
     exact, _ = fit_ridge(x, x @ M + b, penalties=(1e-10,))
     assert (exact.M - M).abs().max() < 1e-5 and (exact.b - b).abs().max() < 1e-5
     adam = fit_adam(x, x @ M + b, lr=0.05, epochs=40)
@@ -115,11 +116,36 @@ def test_ridge_is_scikit_learns():
     torch.testing.assert_close(ours.b.double(), torch.tensor(theirs.intercept_), rtol=1e-4, atol=1e-5)
 
 
-def test_cross_validation_prefers_a_penalty_under_noise():
-    x = torch.nn.functional.normalize(normal(60, 40, seed=7), dim=1)
-    y = x @ normal(40, 20, seed=8) + 3 * normal(60, 20, seed=9)
-    _, r2 = fit_ridge(x, y)
-    assert max(r2, key=r2.get) > 1e-2 and r2[1e-4] < max(r2.values())
+def test_each_feature_has_the_penalty_that_scikit_learn_foresees_it_best_with():
+    from sklearn.linear_model import Ridge
+
+    x = torch.nn.functional.normalize(normal(60, 20, seed=7), dim=1)
+    noise = torch.tensor([0.01, 0.01, 1.0, 3.0])
+    y, penalties = x @ normal(20, 4, seed=8) + noise * normal(60, 4, seed=9) + 5, (1e-3, 0.1, 10.0)
+    ours, table = fit_ridge(x, y, penalties=penalties, folds=3, seed=1)
+    error = np.zeros((3, 4))
+    for held in torch.randperm(60, generator=torch.Generator().manual_seed(1)).chunk(3):
+        seen = np.setdiff1d(np.arange(60), held)
+        for i, penalty in enumerate(penalties):
+            error[i] += ((Ridge(alpha=penalty).fit(x[seen], y[seen]).predict(x[held]) - y[held].numpy()) ** 2).sum(0)
+    best = error.argmin(0)
+    assert best[0] < best[3] and table.features.tolist() == np.bincount(best, minlength=3).tolist()
+    for j, i in enumerate(best):
+        theirs = Ridge(alpha=penalties[i]).fit(x.double().numpy(), y[:, j].double().numpy())
+        np.testing.assert_allclose(ours.M[:, j], theirs.coef_, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(ours.b[j], theirs.intercept_, rtol=1e-4)
+    centre = np.concatenate([y[h] - y[np.setdiff1d(np.arange(60), h)].mean(0) for h in
+                             torch.randperm(60, generator=torch.Generator().manual_seed(1)).chunk(3)])
+    np.testing.assert_allclose(table.r2, 1 - error.sum(1) / (centre**2).sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_noisy_feature_beside_a_strong_one_keeps_its_direction():
+    x = normal(400, 30, seed=10) * torch.logspace(0, -2, 30)  # some directions are rarely seen, as with decoder rows
+    M = normal(30, 2, seed=11)
+    y = x @ M * torch.tensor([100.0, 1.0]) + normal(400, 2, seed=12)
+    own, one = fit_ridge(x, y)[0].M, fit_ridge(x, y, penalties=(float(fit_ridge(x, y)[1].r2.idxmax()),))[0].M
+    near = [torch.nn.functional.cosine_similarity(found[:, 1], M[:, 1], dim=0) for found in (own, one)]
+    assert near[0] > near[1] + 0.1
 
 
 def test_pseudo_inverse_inverts_where_it_can_and_is_least_squares_elsewhere(some, at):
