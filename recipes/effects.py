@@ -8,13 +8,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from steerkit.concept import concepts
 from steerkit.engine.lab import Place
+from steerkit.features import topic_features
 from steerkit.files import resolve, write_atomic
 from steerkit.methods.sae_ts.approximator import budget
 from steerkit.methods.sae_ts.calibration import calibrate, calibration_rows
 from steerkit.methods.sae_ts.effects import Effects, Scheme, measure, save, training_vectors, unsteered
 from steerkit.models import load
 from steerkit.store import Parts, Work, fingerprint
+from steerkit.training.quality import density
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,21 +61,23 @@ def main(argv: list[str] | None = None) -> None:
         about = {"preset": at.preset, "layer": at.layer, "vectors": "training_vectors", "rise": args.rise, "text": args.text}
         about |= {"text_rows": args.text_rows, "dtype": str(at.model.dtype).removeprefix("torch.")}
         about |= {"prompts": len(scheme.prompts), "samples": scheme.samples}
-        _ship(resolve(args.ship), {repeat: _join(blocks, base) for repeat, blocks in found.items()}, held, about)
+        targets = topic_features(at, concepts(), density(at, "data/own_text.jsonl.gz")).feature.tolist()
+        _ship(resolve(args.ship), {repeat: _join(blocks, base) for repeat, blocks in found.items()}, held, about, targets)
 
 
 def _join(blocks: list[Effects], baseline: Tensor) -> Effects:
     return Effects(*(torch.cat([getattr(e, name) for e in blocks]) for name in ("vectors", "scales", "parts")), baseline)
 
 
-def _ship(path: Path, found: dict[int, Effects], held: Bool[Tensor, " n"], about: dict) -> None:
-    """Write the effects, each repeat beside them, and what a budget of rollouts buys."""
+def _ship(path: Path, found: dict[int, Effects], held: Bool[Tensor, " n"], about: dict, targets: list[int]) -> None:
+    """Write the effects, each repeat beside them, and what a budget of rollouts buys, in all and for the topics' features."""
     for repeat, effects in found.items():
         save(effects, path if not repeat else path.with_suffix(f".repeat{repeat}.safetensors"), about | {"repeat": repeat})
     first = found[0]
     held = held[: len(first.scales)]
     target = torch.stack([e.effects[held[: len(e.scales)]] for e in found.values()]).mean(0)
-    table = budget(first.vectors[~held], first.parts[~held], first.vectors[held], target, rollouts=about["prompts"] * about["samples"])
+    each = about["prompts"] * about["samples"]
+    table = budget(first.vectors[~held], first.parts[~held], first.vectors[held], target, targets=targets, rollouts=each)
     write_atomic(path.parent / "budget.csv", table.to_csv(index=False, float_format="%.4f"))
 
 

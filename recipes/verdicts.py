@@ -1,4 +1,4 @@
-"""Steer all topics by every variant of SAE-TS and FGAA, and tell what each change of ground does to their verdicts: `python -m recipes.verdicts`."""
+"""Steer all topics by every variant of SAE-TS and FGAA, and tell what changes their verdicts: `python -m recipes.verdicts`."""
 
 import argparse
 from collections.abc import Iterator
@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from steerkit.concept import Concept, concepts
 from steerkit.engine.lab import Place
 from steerkit.features import feature_means, topic_features
-from steerkit.files import DATA, resolve, write_atomic
+from steerkit.files import DATA
 from steerkit.judges import Panel, panel
 from steerkit.judges.concept import concept_judge
 from steerkit.methods import fgaa
@@ -80,7 +79,16 @@ def differences(ground: str, texts: pd.DataFrame, members: dict[str, list[str]])
         texts = bcs.with_choice(texts, name, names)
     for a, b in PAIRS:
         i, by_topic = bcs.compare(texts, a, b)
-        yield {"ground": ground, "a": a, "b": b, "value": i.value, "low": i.low, "high": i.high, "n": i.n, "higher": int((by_topic > 0).sum())}
+        yield {
+            "ground": ground,
+            "a": a,
+            "b": b,
+            "value": i.value,
+            "low": i.low,
+            "high": i.high,
+            "n": i.n,
+            "higher": int((by_topic > 0).sum()),
+        }
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from steerkit.concept import Concept
 from steerkit.files import DATA, cache_dir, resolve
+from steerkit.stats import auroc
 from steerkit.store import Work, score_texts
 
 
@@ -134,3 +136,15 @@ def panel(
         raise ValueError(f'judge: expected "offline", "second" or "api:MODEL@URL", {as_in}, got {spec!r}')
     cassette = resolve(cassette or cache_dir() / "judged.jsonl")
     return api_panel(spec, rubric, Answers(Endpoint(found[2], found[1], **endpoint), cassette, max_calls))
+
+
+def card(topics: Mapping[str, Concept], panels: Sequence[Panel]) -> pd.DataFrame:
+    """Return a row a topic, a column a panel: the AUROC of its judge of the topic on the held-out sentences, none of which it has seen.
+
+    >>> card({"love": concepts()["love"]}, [panel(), panel("second")])    # doctest: +SKIP
+    """
+    found = {
+        one.name: [auroc(*(one.concept(name)(list(texts))[:, None] for texts in topic.held_out))[0] for name, topic in topics.items()]
+        for one in panels
+    }
+    return pd.DataFrame(found, index=pd.Index(topics, name="topic"))

@@ -140,7 +140,8 @@ def with_choice(judged: pd.DataFrame, name: str, members: Sequence[str]) -> pd.D
 
     So a setting, lambda say, is chosen as a scale is: where it is not reported. `variant` names what each row was before.
     """
-    rows = [judged.assign(variant=judged.method)]
+    judged = judged if "variant" in judged else judged.assign(variant=judged.method)
+    rows = [judged]
     for _, part in judged[judged.method.isin(members)].groupby(["topic", "prompt"]):
         even = part[part["sample"] % 2 == 0]
         means = even.groupby(["method", "scale"])[["behaviour", "coherence"]].mean().prod(axis=1)

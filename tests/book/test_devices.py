@@ -127,6 +127,8 @@ def test_the_recipe_of_effects_runs_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(load, "preset", lambda name: spec)
     monkeypatch.setattr(load, "open", opened)
     monkeypatch.setattr(measure_effects, "training_vectors", lambda W: rows(W, n_held=4))
+    monkeypatch.setattr(measure_effects, "density", lambda *_: None)
+    monkeypatch.setattr(measure_effects, "topic_features", lambda *_: pd.DataFrame({"feature": [3]}))
     monkeypatch.setattr(measure_effects, "budget", lambda *_, **__: pd.DataFrame({"prompts": [2]}))
     monkeypatch.setattr(measure_effects, "Scheme", functools.partial(effects.Scheme, prompts=("", "ab"), length=8))
     with devices.gpu():

@@ -1,9 +1,8 @@
 """The effect approximator, y = x M + b, and the vectors that are aimed through it (SAE-TS sections 4 and 5, FGAA eq. 5)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -75,9 +74,9 @@ def fit_ridge(
 def _products(x: Tensor, y: Tensor) -> list:
     """Return n, the sums of x and of y, X'X, X'Y and the sums of y squared, in float64, a block of rows at a time."""
     found: list = [0, 0, 0, 0, 0, 0]
-    for x, y in zip(x.split(1024), y.split(1024)):
-        x, y = x.double(), y.double()
-        found = [a + b for a, b in zip(found, (len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.square().sum(0)))]
+    for some in zip(x.split(1024), y.split(1024)):
+        a, b = (part.double() for part in some)
+        found = [sum_ + one for sum_, one in zip(found, (len(a), a.sum(0), b.sum(0), a.T @ a, a.T @ b, b.square().sum(0)))]
     return found
 
 
@@ -101,13 +100,15 @@ def fit_adam(
     y: Float[Tensor, "n d_sae"],
     *,
     lr: float = 2e-4,
-    epochs: int = 15,
+    steps: int = 11_700,
+    stages: int = 15,
     batch_size: int = 64,
     seed: int = 0,
 ) -> Approximator:
-    """Return the fit of the released code: Adam on the mean squared error, cosine schedule over epochs, b from zero.
+    """Return the fit of the released code: Adam on the mean squared error, a rate that falls as a cosine in `stages`, b from zero.
 
-    M starts Kaiming-uniform with fan-in read as d_sae, as there.
+    steps: the paper's 15 epochs have 780 each; with fewer vectors there are more epochs, not fewer steps. M starts Kaiming-uniform with
+    fan-in read as d_sae, as there. Features do not meet: some columns of y give those columns of M, the start apart.
     """
     generator = torch.Generator().manual_seed(seed)
     d_model, d_sae = x.shape[1], y.shape[1]
@@ -115,14 +116,17 @@ def fit_adam(
     M = ((2 * torch.rand(d_model, d_sae, generator=generator) - 1) * bound).requires_grad_()
     b = torch.zeros(d_sae, requires_grad=True)
     optimiser = torch.optim.Adam([M, b], lr=lr, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs)
-    for _ in range(epochs):
-        for part in torch.randperm(len(x), generator=generator).split(batch_size):
-            loss = nn.functional.mse_loss(x[part] @ M + b, y[part])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        schedule.step()
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=stages)
+    left: list[Tensor] = []
+    for step in range(steps):
+        left = left or list(torch.randperm(len(x), generator=generator).split(batch_size))
+        part = left.pop()
+        loss = nn.functional.mse_loss(x[part] @ M + b, y[part])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if (step + 1) * stages // steps > step * stages // steps:
+            schedule.step()
     return Approximator(M.detach(), b.detach())
 
 
@@ -235,21 +239,24 @@ def budget(
     x_new: Float[Tensor, "m d_model"],
     y_new: Float[Tensor, "m d_sae"],
     *,
+    targets: Sequence[int] = (),
     rollouts: int = 14,
-    smallest: int = 240,
+    halvings: int = 5,
 ) -> pd.DataFrame:
-    """Return held-out cosine of the ridge fit against the rollouts spent: all of each vector's, or half on twice as many.
+    """Return what rollouts buy: the ridge fit against the rollouts spent, all of each vector's, or half on twice as many vectors.
 
-    parts: effects by every other prompt, from which "half" takes the first. Columns: prompts (rollouts a vector), vectors,
-    rollouts, cosine with its interval over held-out vectors, n.
+    All vectors, a half of them, a quarter, and so on. parts: effects by every other prompt, of which "half" takes the first. Columns:
+    prompts (rollouts a vector), vectors, rollouts; cosine with the held-out effects y_new and its interval over held-out vectors, n; the
+    median of `split_half` over 512 features drawn at random, and over `targets`, the ones that will be aimed at.
     """
     rows, centre = [], parts.mean((0, 1))
+    some = torch.randperm(parts.shape[2], generator=torch.Generator().manual_seed(0))[:512].tolist()
     for each, y in ((rollouts // 2, parts[:, 0]), (rollouts, parts.mean(1))):
-        n = smallest
-        while n <= len(x):
+        for n in (len(x) >> k for k in reversed(range(halvings + 1))):
             own = y[:n].mean(0)  # half of the prompts have another mean effect, which is not what is asked
-            found = agreement(fit_ridge(x[:n], y[:n])[0](x_new) - own + centre, y_new, centre)
-            i = bootstrap(found["cosine"])
-            rows.append([each, n, n * each, i.value, i.low, i.high, i.n])
-            n *= 2
-    return pd.DataFrame(rows, columns=["prompts", "vectors", "rollouts", "cosine", "low", "high", "n"])
+            i = bootstrap(agreement(fit_ridge(x[:n], y[:n])[0](x_new) - own + centre, y_new, centre)["cosine"])
+            halves = split_half(x[:n], y[:n, [*some, *targets]])
+            own = [float(halves[: len(some)].median()), float(halves[len(some) :].median()) if len(targets) else float("nan")]
+            rows.append([each, n, n * each, i.value, i.low, i.high, i.n, *own])
+    names = ["prompts", "vectors", "rollouts", "cosine", "low", "high", "n", "split_half", "split_half_targets"]
+    return pd.DataFrame(rows, columns=names)

@@ -102,7 +102,7 @@ def test_ridge_recovers_a_planted_map_and_adam_comes_close():
     assert (ridge.M - M).abs().max() < 0.01 and table.r2.max() > 0.9999
     exact, _ = fit_ridge(x, x @ M + b, penalties=(1e-10,))
     assert (exact.M - M).abs().max() < 1e-5 and (exact.b - b).abs().max() < 1e-5
-    adam = fit_adam(x, x @ M + b, lr=0.05, epochs=40)
+    adam = fit_adam(x, x @ M + b, lr=0.05, steps=400)
     assert torch.nn.functional.cosine_similarity(adam.M, M, dim=0).min() > 0.99
 
 
@@ -134,8 +134,9 @@ def test_each_feature_has_the_penalty_that_scikit_learn_foresees_it_best_with():
         theirs = Ridge(alpha=penalties[i]).fit(x.double().numpy(), y[:, j].double().numpy())
         np.testing.assert_allclose(ours.M[:, j], theirs.coef_, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(ours.b[j], theirs.intercept_, rtol=1e-4)
-    centre = np.concatenate([y[h] - y[np.setdiff1d(np.arange(60), h)].mean(0) for h in
-                             torch.randperm(60, generator=torch.Generator().manual_seed(1)).chunk(3)])
+    centre = np.concatenate(
+        [y[h] - y[np.setdiff1d(np.arange(60), h)].mean(0) for h in torch.randperm(60, generator=torch.Generator().manual_seed(1)).chunk(3)]
+    )
     np.testing.assert_allclose(table.r2, 1 - error.sum(1) / (centre**2).sum(), rtol=1e-4, atol=1e-6)
 
 
@@ -204,7 +205,10 @@ def test_a_budget_buys_more_with_more_vectors_when_noise_is_small():
     x = torch.nn.functional.normalize(normal(80, 8, seed=2), dim=1)
     parts = (x @ M)[:, None] + 0.3 * normal(80, 2, 30, seed=3)
     x_new = torch.nn.functional.normalize(normal(20, 8, seed=4), dim=1)
-    table = budget(x, parts, x_new, x_new @ M, smallest=10)
+    table = budget(x, parts, x_new, x_new @ M, halvings=3, targets=[3, 7])
     assert table.vectors.tolist() == [10, 20, 40, 80] * 2 and table.rollouts.tolist() == [70, 140, 280, 560, 140, 280, 560, 1120]
     half, whole = (table[table.prompts == p].set_index("vectors").cosine for p in (7, 14))
     assert whole[80] > whole[10] and (whole >= half).all() and whole[80] > 0.95
+    halves, last = split_half(x, parts.mean(1)), table.iloc[-1]
+    assert last.split_half == pytest.approx(float(halves.median())) and last.split_half > table.split_half[4]
+    assert last.split_half_targets == pytest.approx(float(halves[[3, 7]].median()))

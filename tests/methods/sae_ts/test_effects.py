@@ -235,7 +235,9 @@ def recipe(monkeypatch, tmp_path):
     monkeypatch.setattr(M, "Scheme", functools.partial(Scheme, prompts=("", "ab"), length=8, baseline_samples=4))
     grown = lambda at, ids, v, rise, **k: (torch.full((len(v),), 4 * rise), torch.zeros(len(v), dtype=torch.bool), 1.0)  # noqa: E731
     monkeypatch.setattr(M, "calibrate", grown)
-    monkeypatch.setattr(M, "budget", lambda *a, **k: pd.DataFrame({"prompts": [2]}))
+    monkeypatch.setattr(M, "density", lambda *a: None)
+    monkeypatch.setattr(M, "topic_features", lambda *a: pd.DataFrame({"feature": [3]}))
+    monkeypatch.setattr(M, "budget", lambda *a, targets, **k: pd.DataFrame({"prompts": [2], "targets": targets}))
     return ["--ship", str(tmp_path / "e.safetensors"), "--out", str(tmp_path / "parts"), "--block", "8", "--batch-size", "4"]
 
 
