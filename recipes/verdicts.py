@@ -1,4 +1,4 @@
-"""Steer all topics by every variant of SAE-TS and FGAA, and tell what changes their verdicts: `python -m recipes.verdicts`."""
+"""What changes the verdicts on SAE-TS and FGAA: every variant on every topic, and a table of differences: `python -m recipes.verdicts`."""
 
 import argparse
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from steerkit.concept import Concept, concepts
+from steerkit.concept import concepts
 from steerkit.engine.lab import Place
 from steerkit.features import feature_means, topic_features
-from steerkit.files import DATA
+from steerkit.files import DATA, write_atomic
 from steerkit.judges import Panel, panel
 from steerkit.judges.concept import concept_judge
 from steerkit.methods import fgaa
@@ -27,49 +27,45 @@ PAIRS = (("SAE-TS", "CAA"), ("SAE-TS", "SAE row"), ("FGAA", "SAE-TS"), ("FGAA", 
 
 
 def variants(share: float, *, chosen: bool, started: bool = False) -> dict[str, list[str]]:
-    """Return the names of the vectors that SAE-TS and FGAA may choose among: with lambda 1 only, or with each; n1 is always chosen."""
-    strengths = STRENGTHS if chosen else (1.0,)
-    start = ", start left out" if started else ""
-    return {
-        "SAE-TS": [f"SAE-TS, {s:g} Mb, {share:g} of the map" for s in strengths],
-        "FGAA": [f"FGAA of {n}{start}, {s:g} Mb, {share:g} of the map" for n in N1 for s in strengths],
-    }
+    """Return what SAE-TS and FGAA choose among: vectors with lambda 1 alone, or with each lambda; FGAA always chooses n1.
+
+    started: FGAA's filter of features that peak on the first token is on.
+    """
+    strengths, start = STRENGTHS if chosen else (1.0,), ", start left out" if started else ""
+    of_fgaa = [f"FGAA of {n}{start}, {s:g} Mb, {share:g} of the map" for n in N1 for s in strengths]
+    return {"SAE-TS": [f"SAE-TS, {s:g} Mb, {share:g} of the map" for s in strengths], "FGAA": of_fgaa}
 
 
-def made(at: Place, topics: dict[str, Concept], effects: str, shares: list[float]) -> dict[str, list[SteeringVector]]:
-    """Return each topic's vectors: CAA, the row, and the variants for each share of the effects that the map is fitted on."""
-    density = quality.density(at, "data/own_text.jsonl.gz")
+def made(at: Place, effects: str, shares: list[float], kinds: list[str], penalties: list[float]) -> dict[str, list[SteeringVector]]:
+    """Return each topic's vectors: CAA and the row ("plain"), and the variants for each share of the effects that the map is fitted on."""
+    density, topics, out = quality.density(at, "data/own_text.jsonl.gz"), concepts(), {}
     starts = fgaa.peaks_at_start(at, (DATA / "check_texts.txt").read_text().splitlines())
     features = topic_features(at, topics, density).feature
     found, held, _, _ = published.measured(at, effects)
-    x, y, out = found.vectors[~held], found.effects[~held], {}
-    maps = {share: approximator.fit_ridge(x[: round(share * len(x))], y[: round(share * len(x))])[0] for share in shares}
+    x, y, how = found.vectors[~held], found.effects[~held], {"penalties": tuple(penalties)} if penalties else {}
+    maps = {share: approximator.fit_ridge(x[: round(share * len(x))], y[: round(share * len(x))], **how)[0] for share in shares}
     for name, topic in topics.items():
         on, off = (feature_means(at, prompts).mean(0) for prompts in topic.contrast)
-        out[name] = [caa(at, topic.contrast), sae_row(at, int(features[name]))]
+        out[name] = [caa(at, topic.contrast), sae_row(at, int(features[name]))] if "plain" in kinds else []
         for share, fitted in maps.items():
-            for s, label in zip(STRENGTHS, variants(share, chosen=True)["SAE-TS"]):
-                out[name].append(approximator.aim(fitted, at, int(features[name]), strength=s, name=label))
-            wanted = {n: fgaa.target(on - off, density=density, n1=n) for n in N1}
-            cut = {n: fgaa.target(on - off, density=density, n1=n, at_start=starts) for n in N1}
-            aims = [(wanted[n], s) for n in N1 for s in STRENGTHS] + [(cut[n], 1.0) for n in N1]
-            labels = variants(share, chosen=True)["FGAA"] + variants(share, chosen=False, started=True)["FGAA"]
-            out[name] += [approximator.aim(fitted, at, t, strength=s, name=label) for (t, s), label in zip(aims, labels, strict=True)]
+            aims = []
+            if "SAE-TS" in kinds:
+                aims += zip(variants(share, chosen=True)["SAE-TS"], [(int(features[name]), s) for s in STRENGTHS])
+            for started in (started for started, kind in ((False, "FGAA"), (True, "started")) if kind in kinds):
+                chosen, start = not started, starts if started else None
+                wanted = [fgaa.target(on - off, density=density, n1=n, at_start=start) for n in N1]
+                labels = variants(share, chosen=chosen, started=started)["FGAA"]
+                aims += zip(labels, [(t, s) for t in wanted for s in (STRENGTHS if chosen else (1.0,))], strict=True)
+            out[name] += [approximator.aim(fitted, at, t, strength=s, name=label) for label, (t, s) in aims]
     return out
 
 
 def earlier_judges() -> Panel:
-    """Return the offline judges with a concept judge that learned from the contrast prompts, which also made the vectors."""
-    swapped = {
-        name: replace(
-            c,
-            judge_positive=c.positive_prompts,
-            judge_negative=c.negative_prompts,
-            positive_prompts=c.judge_positive,
-            negative_prompts=c.judge_negative,
-        )
-        for name, c in concepts().items()
-    }
+    """Return the offline judges with a judge of topics that learned from the contrast prompts, which also made the vectors."""
+    swapped = {}
+    for name, c in concepts().items():
+        learned = {"judge_positive": c.positive_prompts, "judge_negative": c.negative_prompts}
+        swapped[name] = replace(c, **learned, positive_prompts=c.judge_positive, negative_prompts=c.judge_negative)
     return replace(panel(), concept=lambda topic: concept_judge(swapped[topic], others=swapped))
 
 
@@ -79,33 +75,79 @@ def differences(ground: str, texts: pd.DataFrame, members: dict[str, list[str]])
         texts = bcs.with_choice(texts, name, names)
     for a, b in PAIRS:
         i, by_topic = bcs.compare(texts, a, b)
-        yield {
-            "ground": ground,
-            "a": a,
-            "b": b,
-            "value": i.value,
-            "low": i.low,
-            "high": i.high,
-            "n": i.n,
-            "higher": int((by_topic > 0).sum()),
-        }
+        size = {"value": i.value, "low": i.low, "high": i.high, "n": i.n, "higher": int((by_topic > 0).sum())}
+        yield {"ground": ground, "a": a, "b": b, **size}
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    write_atomic(path, frame.to_csv(index=False, float_format="%.4f"))
+
+
+def texts(args: argparse.Namespace) -> None:
+    """Steer every topic and write the judged texts."""
+    spec = load.preset(args.preset)
+    at = load.open(spec, layers=[spec.primary_layer], saes=args.saes, dtype="auto", check=not args.saes).at()
+    vectors = made(at, args.effects, args.shares, args.kinds, args.penalties)
+    protocol = bcs.Protocol(scales=SCALES, samples=args.samples)
+    found = bcs.sweep(at.lab, vectors, protocol=protocol, work=Work(256, args.out.parent / (args.out.name + "-{key}.jsonl")))
+    bcs.save_scores(found, args.out)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Compare the sweeps, one change of ground after the other, on the opening that all of them have."""
+    read = lambda paths: (t := pd.concat(map(bcs.load_scores, paths), ignore_index=True))[t.prompt == "I think"]  # noqa: E731
+    first, one, own, new = read(args.first), read([args.one]), read([args.own]), read(args.new)
+    own = pd.concat([own, one[one.method.isin(["CAA", "SAE row"])]])
+    new = new.assign(method=new.method.replace("SAE-TS", "SAE-TS, lambda 1")).drop_duplicates(bcs.COLUMNS)
+    plain, chosen = variants(1.0, chosen=False, started=True), variants(1.0, chosen=True)
+    all_new = {name: [m for m in new.method.unique() if m.startswith(name)] for name in chosen}
+    quiet = Work(progress=False)
+    grounds = [("as it was, nine topics", first, {})]
+    grounds += [("+ features, 32 topics", bcs.judged(one, earlier_judges(), quiet), plain)]
+    grounds += [("+ judges", bcs.judged(one, work=quiet), plain)]
+    own = bcs.judged(own, work=quiet)
+    grounds += [("+ map: a penalty for each feature", own, plain), ("+ lambda, filters", own, chosen)]
+    grounds += [("+ SAEs, rollouts", new, all_new), ("the same, second judges", bcs.judged(new, panel("second"), quiet), all_new)]
+    write_csv(args.out, pd.DataFrame([row for ground in grounds for row in differences(*ground)]))
+
+
+def gains(args: argparse.Namespace) -> None:
+    """Write what SAE-TS gains over the decoder row with maps fitted on parts of the effects."""
+    scores = pd.concat(map(bcs.load_scores, args.scores), ignore_index=True)
+    scores, rows = scores[scores.prompt == "I think"].drop_duplicates(bcs.COLUMNS), []
+    for share in args.shares:
+        for name, members in (("SAE-TS", variants(share, chosen=False)), ("SAE-TS, lambda chosen", variants(share, chosen=True))):
+            i, _ = bcs.compare(bcs.with_choice(scores, "aimed", members["SAE-TS"]), "aimed", "SAE row")
+            rows.append([name, share, round(share * args.rollouts), i.value, i.low, i.high, i.n])
+    write_csv(args.out, pd.DataFrame(rows, columns=["method", "share", "rollouts", "value", "low", "high", "n"]))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the command line and write one sweep's judged texts."""
+    """Read the command line and do one of the three."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="smollm2-135m")
-    parser.add_argument("--saes", type=Path, help="folder of SAEs (layer_N) in place of the preset's")
-    parser.add_argument("--effects", default="", help="effects to fit the map on, in place of the shipped ones")
-    parser.add_argument("--shares", type=float, nargs="+", default=[1.0], help="parts of the effects that maps are fitted on")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--out", type=Path, required=True, help="folder of scores.csv.gz")
+    parts = parser.add_subparsers(required=True)
+    add = {}
+    for call in (texts, table, gains):
+        one = parts.add_parser(call.__name__, help=call.__doc__)
+        one.set_defaults(call=call)
+        one.add_argument("--out", type=Path, required=True)
+        add[call] = one.add_argument
+    add[texts]("--preset", default="smollm2-135m")
+    add[texts]("--saes", type=Path, help="folder of SAEs (layer_N) in place of the preset's")
+    add[texts]("--effects", default="", help="effects to fit the map on, in place of the shipped ones")
+    add[texts]("--shares", type=float, nargs="+", default=[1.0], help="parts of the effects that maps are fitted on")
+    add[texts]("--kinds", nargs="+", default=["plain", "SAE-TS", "FGAA", "started"])
+    add[texts]("--penalties", type=float, nargs="+", default=[], help="of the ridge fit; one of them is one for all features")
+    add[texts]("--samples", type=int, default=16)
+    add[table]("--first", type=Path, nargs=2, required=True, help="scores of the notebooks 04 and 05 on the first ground")
+    add[table]("--one", type=Path, required=True, help="texts on the first SAEs, one penalty for all features")
+    add[table]("--own", type=Path, required=True, help="texts on the first SAEs, a penalty for each feature")
+    add[table]("--new", type=Path, nargs=2, required=True, help="scores of the notebooks 04 and 05")
+    add[gains]("--scores", type=Path, nargs="+", required=True, help="texts with shares, and with the plain vectors")
+    add[gains]("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1.0])
+    add[gains]("--rollouts", type=int, required=True, help="behind all of the effects")
     args = parser.parse_args(argv)
-    spec = load.preset(args.preset)
-    lab = load.open(spec, layers=[spec.primary_layer], saes=args.saes, dtype="auto", check=not args.saes)
-    vectors = made(lab.at(spec.primary_layer), concepts(), args.effects, args.shares)
-    protocol = bcs.Protocol(scales=SCALES, samples=args.samples)
-    bcs.save_scores(bcs.sweep(lab, vectors, protocol=protocol, work=Work(256, args.out / "texts-{key}.jsonl")), args.out / "scores.csv.gz")
+    args.call(args)
 
 
 if __name__ == "__main__":

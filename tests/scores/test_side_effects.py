@@ -37,8 +37,9 @@ def test_the_size_of_side_effects_is_not_that_of_their_noise(monkeypatch):
         return y + moved[:, None] * torch.tensor([3.0, 4.0, *[0.0] * 998])
 
     monkeypatch.setattr(S, "feature_means", noisy)
+    at = tiny.lab().at(1)
     texts = arms({("baseline", 0): ["plain"] * 16, ("CAA", 10): ["steered"] * 16})
-    found = S.side_effects(None, texts, {"t": 999}).set_index("method")
+    found = S.side_effects(at, texts, {"t": 999}).set_index("method")
     assert found.other["CAA"] == pytest.approx(5.0, abs=1.0) and abs(found.target["CAA"]) < 1.5
 
 
@@ -55,7 +56,7 @@ def curve(topic, method, behaviour, cost):
 
 
 def test_methods_are_compared_where_they_steer_equally_much():
-    """The level is half of the smaller gain: 0.2 on both topics. On the first a pays 1 and b 4, on the second 2 and 4; nothing on the third."""
+    """Equal: at half of the smaller gain, 0.2 on two topics, where a pays 1 and 2, b 4 and 4; the third has no such point."""
     parts = [curve("one", "a", [0.0, 0.2, 0.4], [0, 1, 9]), curve("one", "b", [0.0, 0.1, 0.8], [0.0, 3.0, 10.0])]
     parts += [curve("two", "a", [0.0, 0.1, 0.4], [1.0, 1.0, 4.0]), curve("two", "b", [0.0, 0.4, 0.4], [2.0, 6.0, 9.0])]
     parts += [curve("none", "a", [0.0, 0.9, 0.9], [0, 1, 2]), curve("none", "b", [0.0, 0.01, 0.02], [0, 1, 2])]
