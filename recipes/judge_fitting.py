@@ -22,6 +22,7 @@ FOLDS = 8
 RIDGE = 0.02
 MIN_TEXTS, MAX_NGRAMS, EXAMPLE_WEIGHT = 3, 3000, 0.5
 C_CUES, C_NGRAMS, C_COHERENCE, ANCHOR_WEIGHT = 0.3, 1.0, 1.0, 0.2
+LANGUAGES = ("french", "german", "italian", "spanish")  # topics whose sentences are not all English
 PRIOR_ON_TOPIC = 4.0  # weight of an on-topic prompt, with both classes balanced before: about one text in five
 
 
@@ -122,7 +123,7 @@ def broken(sentence: str, kind: int, rng: np.random.Generator) -> str:
 def anchors() -> tuple[list[str], list[str], np.ndarray]:
     """Return prompts, continuations and labels: our own plain sentences (2), and each of them broken in one way (0)."""
     rng = np.random.default_rng(0)
-    sentences = [s for name, c in concepts().items() if name != "french" for s in c.heldout_negative]
+    sentences = [s for name, c in concepts().items() if name not in LANGUAGES for s in c.heldout_negative]
     wrecks = [broken(sentence, i % 5, rng) for i, sentence in enumerate(sentences)]
     cut = [2 * (i // 5 % 2) for i in range(len(sentences))] * 2  # every other block of five has its first words as prompt
     words = [text.split(" ") for text in sentences + wrecks]

@@ -238,7 +238,7 @@ def test_who_judges_is_read_strictly(tmp_path):
     place = panel("api:org/model@20240620@https://host.example:8443/v1", timeout=5.0).coherence.answers.endpoint
     assert (place.model, place.base_url, place.timeout) == ("org/model@20240620", "https://host.example:8443/v1", 5.0)
     for spec in ("", "online", "api:model", "api:@https://x/v1", "api:model@ftp://x/v1"):
-        with pytest.raises(ValueError, match=r'judge: expected "offline" or "api:MODEL@URL"'):
+        with pytest.raises(ValueError, match=r'judge: expected "offline", "second" or "api:MODEL@URL"'):
             panel(spec)
     with pytest.raises(ValueError, match=r"rubric: expected one of \['sae_ts', 'axbench'\], got 'fgaa'"):
         panel("api:m@http://x/v1", rubric="fgaa")

@@ -84,6 +84,8 @@ def test_a_setting_is_chosen_where_it_is_not_reported():
     assert both[both.method == "chosen"].variant.unique().tolist() == ["l1"] and len(both) == len(texts) + 8
     peak = peaks(both).set_index("method").bcs
     assert peak["chosen"] == peak["l1"] == pytest.approx(0.1) and peak["l0"] == pytest.approx(0.9)
+    twice = with_choice(both, "again", ["l0"])  # one choice more leaves what is known of the first
+    assert twice[twice.method == "chosen"].variant.unique().tolist() == ["l1"] and set(twice[twice.method == "again"].variant) == {"l0"}
 
 
 def test_kept_texts_are_judged_anew():
