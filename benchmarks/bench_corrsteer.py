@@ -62,8 +62,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, nargs=2, default=[200, 4000])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--samples", type=int, nargs=2, default=[200, 2000])
     args = parser.parse_args()
     chosen = sk.preset(args.preset).sae_set().layers
     layers = chosen if len(chosen) <= 6 else chosen[:: len(chosen) // 6][:6]

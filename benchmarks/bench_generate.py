@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     lab = sk.open(args.preset, device=args.device, dtype=args.dtype)
     rows = table(lab, batch=args.batch, new=args.new, rounds=args.rounds)

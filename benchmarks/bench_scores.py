@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=1024)
     parser.add_argument("--slow", type=int, default=24, help="features that the loop does in a round")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     lab = sk.open(args.preset, layers=args.layers, device=args.device)
     rows = ["| layer | what | features/s | steerkit / this, median (lowest to highest) |", "|---|---|---|---|"]
