@@ -69,6 +69,12 @@ def earlier_judges() -> Panel:
     return replace(panel(), concept=lambda topic: concept_judge(swapped[topic], others=swapped))
 
 
+def on_topic(judges: Panel, texts: pd.DataFrame) -> pd.DataFrame:
+    """Return the texts with behaviour by other judges; coherence stays."""
+    found = judges.score([(judges.concept(topic), part) for topic, part in texts.groupby("topic")])
+    return texts.assign(behaviour=pd.concat(found))
+
+
 def differences(ground: str, texts: pd.DataFrame, members: dict[str, list[str]]) -> Iterator[dict]:
     """Yield a row a pair of methods: held-out peak BCS of a minus b over topics, each method with the best of its members."""
     for name, names in members.items():
@@ -89,8 +95,8 @@ def texts(args: argparse.Namespace) -> None:
     at = load.open(spec, layers=[spec.primary_layer], saes=args.saes, dtype="auto", check=not args.saes).at()
     vectors = made(at, args.effects, args.shares, args.kinds, args.penalties)
     protocol = bcs.Protocol(scales=SCALES, samples=args.samples)
-    found = bcs.sweep(at.lab, vectors, protocol=protocol, work=Work(256, args.out.parent / (args.out.name + "-{key}.jsonl")))
-    bcs.save_scores(found, args.out)
+    work = Work(256, args.out.parent / (args.out.name + "-{key}.jsonl"))
+    bcs.save_scores(bcs.sweep(at.lab, vectors, protocol=protocol, judges=panel(dtype="bfloat16"), work=work), args.out)
 
 
 def table(args: argparse.Namespace) -> None:
@@ -101,13 +107,11 @@ def table(args: argparse.Namespace) -> None:
     new = new.assign(method=new.method.replace("SAE-TS", "SAE-TS, lambda 1")).drop_duplicates(bcs.COLUMNS)
     plain, chosen = variants(1.0, chosen=False, started=True), variants(1.0, chosen=True)
     all_new = {name: [m for m in new.method.unique() if m.startswith(name)] for name in chosen}
-    quiet = Work(progress=False)
-    grounds = [("as it was, nine topics", first, {})]
-    grounds += [("+ features, 32 topics", bcs.judged(one, earlier_judges(), quiet), plain)]
-    grounds += [("+ judges", bcs.judged(one, work=quiet), plain)]
-    own = bcs.judged(own, work=quiet)
-    grounds += [("+ map: a penalty for each feature", own, plain), ("+ lambda, filters", own, chosen)]
-    grounds += [("+ SAEs, rollouts", new, all_new), ("the same, second judges", bcs.judged(new, panel("second"), quiet), all_new)]
+    grounds = [("as it was, nine topics", first, {}), ("+ features, 32 topics", on_topic(earlier_judges(), one), plain)]
+    grounds += [("+ judges", on_topic(panel(), one), plain)]
+    own = on_topic(panel(), own)
+    grounds += [("+ map: a penalty for each feature", own, plain), ("+ lambda, filters", own, chosen), ("+ SAEs, rollouts", new, all_new)]
+    grounds += [("the same, second judges", bcs.judged(new, panel("second"), Work(progress=False)), all_new)]
     write_csv(args.out, pd.DataFrame([row for ground in grounds for row in differences(*ground)]))
 
 

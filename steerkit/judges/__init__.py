@@ -91,6 +91,7 @@ def panel(
     spec: str = "offline",
     *,
     rubric: str = "sae_ts",
+    dtype: str = "",
     cassette: str | Path | None = None,
     max_calls: int = 2000,
     **endpoint,
@@ -99,7 +100,8 @@ def panel(
     these; or "api:MODEL@URL", a model behind any OpenAI-compatible address.
 
     rubric: what a model is asked, "sae_ts" (behaviour and coherence, 1 to 10) or "axbench" (concept and fluency, 0 to 2); both
-    ask AxBench's question about the instruction, as SAE-TS has none, and all scores are brought to 0..1. cassette: the file
+    ask AxBench's question about the instruction, as SAE-TS has none, and all scores are brought to 0..1. dtype: of the model that the
+    offline judge of coherence asks, float32 by default. cassette: the file
     that keeps the answers, judged.jsonl in the cache folder by default; what it holds is not asked for again. max_calls: most
     answers that the panel asks for in all. endpoint: other fields of `api.Endpoint`, such as its prices. The key is read from the variable
     STEERKIT_API_KEY.
@@ -117,9 +119,9 @@ def panel(
         return Panel(
             spec,
             concept=concept_judge,
-            coherence=lambda texts, prompts=None: embedded_judge()(texts, prompts),  # opened when it is first asked
+            coherence=lambda texts, prompts=None: embedded_judge(dtype)(texts, prompts),  # opened when it is first asked
             instruction=lambda texts, prompts=None: related_judge(prompts or ())(texts, prompts),
-            by=embedded_by(),
+            by=embedded_by(dtype),
         )
     if spec == "second":
         from steerkit.judges.bigrams import bigram_judge

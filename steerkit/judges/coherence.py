@@ -150,13 +150,17 @@ EMBEDDED = "smollm2-135m"
 
 
 @functools.cache
-def embedded_judge() -> Judge:
-    """Return the coherence judge on a model of its own, the embedded one in float32, opened once: whatever model wrote the texts."""
+def embedded_judge(dtype: str = "") -> Judge:
+    """Return the coherence judge on a model of its own, the embedded one, opened once: whatever model wrote the texts.
+
+    dtype: float32 by default. In bfloat16, where that is native, it is three times as fast, and on 256 steered texts scores 0.004 lower
+    on average (sd 0.005, at most 0.021).
+    """
     from steerkit.models.load import load_model
 
-    return coherence_judge(*load_model(preset(EMBEDDED)))
+    return coherence_judge(*load_model(preset(EMBEDDED), dtype=dtype or None))
 
 
-def embedded_by() -> str:
+def embedded_by(dtype: str = "") -> str:
     """Return a key of all that `embedded_judge` scores by: its fitted numbers, and the model as it is fetched."""
-    return fingerprint(parameters("coherence"), preset(EMBEDDED).package, CONVERSION)
+    return fingerprint(parameters("coherence"), preset(EMBEDDED).package, CONVERSION, *([dtype] if dtype else []))

@@ -46,7 +46,7 @@ def gpt2(tmp_path, monkeypatch):
         tiny.put_sae(hub, chosen.release, chosen.sae_id(layer), tiny.planted())
     tiny.shrink(monkeypatch, chosen.release)
     monkeypatch.setattr(load, "self_check", lambda *_: [])  # the planted SAEs are not as sparse as the released ones
-    monkeypatch.setattr(coherence, "embedded_judge", lambda: lambda texts, prompts=None: np.ones(len(texts)))
+    monkeypatch.setattr(coherence, "embedded_judge", lambda dtype="": lambda texts, prompts=None: np.ones(len(texts)))
     return spec
 
 
