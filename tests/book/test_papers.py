@@ -12,10 +12,9 @@ import yaml
 
 from steerkit.book import papers
 from steerkit.book.papers import FOLDER, curves, table, trade_off
-from steerkit.concept import concepts
 from steerkit.models.presets import presets
 
-TOPICS = list(concepts())
+TOPICS = ["anger", "christian_evangelist", "conspiracy", "french", "london", "love", "praise", "want_to_die", "wedding"]
 METHODS = ["CAA", "SAE row", "SAE-TS", "Pinverse", "Rotation", "FGAA"]
 AXBENCH = ["Prompt", "LoReFT", "LoRA", "ReFT-r1", "DiffMean", "SAE row", "SAE-A"]
 CORRSTEER = ["unsteered", "CorrSteer", "CorrSteer-S", "CorrSteer-P", "CorrSteer-A", "fine-tuning", "MI", "Fisher", "CAA"]
