@@ -85,6 +85,12 @@ def differences(ground: str, texts: pd.DataFrame, members: dict[str, list[str]])
         yield {"ground": ground, "a": a, "b": b, **size}
 
 
+def read(paths: list[Path]) -> pd.DataFrame:
+    """Return the scores of several files, on the opening that all of them have; of a text that two files hold, the first counts."""
+    scores = pd.concat(map(bcs.load_scores, paths), ignore_index=True).drop_duplicates(bcs.COLUMNS[:5])
+    return scores[scores.prompt == "I think"]
+
+
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     write_atomic(path, frame.to_csv(index=False, float_format="%.4f"))
 
@@ -101,10 +107,9 @@ def texts(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """Compare the sweeps, one change of ground after the other, on the opening that all of them have."""
-    read = lambda paths: (t := pd.concat(map(bcs.load_scores, paths), ignore_index=True))[t.prompt == "I think"]  # noqa: E731
-    first, one, own, new = read(args.first), read([args.one]), read([args.own]), read(args.new)
+    first, one, own, new = (read(paths) for paths in (args.first, [args.one], [args.own], args.new))
     own = pd.concat([own, one[one.method.isin(["CAA", "SAE row"])]])
-    new = new.assign(method=new.method.replace("SAE-TS", "SAE-TS, lambda 1")).drop_duplicates(bcs.COLUMNS)
+    new = new.assign(method=new.method.replace("SAE-TS", "SAE-TS, lambda 1"))
     plain, chosen = variants(1.0, chosen=False, started=True), variants(1.0, chosen=True)
     all_new = {name: [m for m in new.method.unique() if m.startswith(name)] for name in chosen}
     grounds = [("as it was, nine topics", first, {}), ("+ features, 32 topics", on_topic(earlier_judges(), one), plain)]
@@ -117,8 +122,7 @@ def table(args: argparse.Namespace) -> None:
 
 def gains(args: argparse.Namespace) -> None:
     """Write what SAE-TS gains over the decoder row with maps fitted on parts of the effects."""
-    scores = pd.concat(map(bcs.load_scores, args.scores), ignore_index=True)
-    scores, rows = scores[scores.prompt == "I think"].drop_duplicates(bcs.COLUMNS), []
+    scores, rows = read(args.scores), []
     for share in args.shares:
         for name, members in (("SAE-TS", variants(share, chosen=False)), ("SAE-TS, lambda chosen", variants(share, chosen=True))):
             i, _ = bcs.compare(bcs.with_choice(scores, "aimed", members["SAE-TS"]), "aimed", "SAE row")

@@ -256,7 +256,7 @@ def budget(
             own = y[:n].mean(0)  # half of the prompts have another mean effect, which is not what is asked
             i = bootstrap(agreement(fit_ridge(x[:n], y[:n])[0](x_new) - own + centre, y_new, centre)["cosine"])
             halves = split_half(x[:n], y[:n, [*some, *targets]])
-            own = [float(halves[: len(some)].median()), float(halves[len(some) :].median()) if len(targets) else float("nan")]
-            rows.append([each, n, n * each, i.value, i.low, i.high, i.n, *own])
+            medians = [float(part.median()) for part in (halves[: len(some)], halves[len(some) :])]  # nan where there are no targets
+            rows.append([each, n, n * each, i.value, i.low, i.high, i.n, *medians])
     names = ["prompts", "vectors", "rollouts", "cosine", "low", "high", "n", "split_half", "split_half_targets"]
     return pd.DataFrame(rows, columns=names)
