@@ -62,5 +62,5 @@ def golden(preset: str) -> pd.DataFrame:
     short = lambda name: "".join(filter(str.isalnum, name))  # noqa: E731
     found = json.loads((FOLDER / "output_score_golden.json").read_text(encoding="utf-8"))
     features = next((model["features"] for key, model in found.items() if short(key) == short(preset)), {})
-    rows = [(*map(int, key.split("_")), s.get("S_in"), s.get("S_out", s.get("S_out_post")), s.get("best_factor")) for key, s in features.items()]
+    rows = [(*map(int, key.split("_")), s["S_in"], s.get("S_out", s.get("S_out_post")), s["best_factor"]) for key, s in features.items()]
     return pd.DataFrame(rows, columns=["layer", "feature", "s_in", "s_out", "factor"])

@@ -57,14 +57,14 @@ class Plain:
         self.centre = self.embeddings.mean(0)
 
     def evidence(self, label: Label, texts: Sequence[str]) -> Float[np.ndarray, "texts 2"]:
-        """Return how near each text's embedding is to the label's, in standard deviations of plain text, and log(1 + the rarity of
-        the label's tokens that it holds)."""
+        """Return how near each text's embedding is to the label's, in standard deviations of plain text (three at most, so that nothing
+        is extrapolated far), and log(1 + the rarity of the label's tokens that it holds)."""
         towards = embed([text for text, _ in label]).mean(0) - self.centre
         towards /= np.linalg.norm(towards) + 1e-9
         plain, found = self.embeddings @ towards, embed(texts) @ towards
         keys = {key.strip().lower() for _, key in label} - {""}
         held = [sum(self.rarity(token) for token in keys & self.split(text)) for text in texts]
-        return np.stack([(found - plain.mean()) / (plain.std() + 1e-9), np.log1p(held)], 1)
+        return np.stack([np.clip((found - plain.mean()) / (plain.std() + 1e-9), -3, 3), np.log1p(held)], 1)
 
 
 def planted(labels: Mapping[object, Label], plain: Plain, *, hold_out: bool = True, seed: int = 0) -> pd.DataFrame:
