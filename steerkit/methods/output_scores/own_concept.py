@@ -10,8 +10,9 @@ import pandas as pd
 
 from steerkit.engine.edits import Boost
 from steerkit.engine.generate import Arm
-from steerkit.engine.lab import Place
+from steerkit.engine.lab import Lab, Place
 from steerkit.feature_cards import passages
+from steerkit.features import feature_means
 from steerkit.inputs import Number, Whole
 from steerkit.judges.label import Label, context_label, word_label
 from steerkit.methods.output_scores.score import lens_tokens, output_scores
@@ -73,6 +74,27 @@ def arms(
             vector = made[method]()
             found[method] += [Arm(method, vector.edit(s * a_max), s, about | {"method": method}) for s in factors]
     return found
+
+
+def asks(labels: Mapping[Key, Label], instructions: Sequence[str]) -> pd.DataFrame:
+    """Return the prompts that ask for each feature's concept with each instruction: layer, feature, instruction, prompt, asked."""
+    rows = [
+        (*key, i, prompt, f"Whatever the question is, work these words into your answer: {words(label)}.\n\nQuestion: {prompt}")
+        for key, label in labels.items()
+        for i, prompt in enumerate(instructions)
+    ]
+    return pd.DataFrame(rows, columns=[*KEY, "instruction", "prompt", "asked"])
+
+
+def fires(lab: Lab, texts: pd.DataFrame) -> pd.Series:
+    """Return each text's mean activation of its own feature (layer, feature), read with steering off, under the texts' index."""
+    found = []
+    for layer, part in texts.groupby("layer"):
+        distinct, features = part.text.unique().tolist(), sorted(set(part.feature))
+        acts = feature_means(lab.at(int(layer)), distinct)[:, features].numpy()
+        where = [pd.Index(known).get_indexer(wanted) for known, wanted in ((distinct, part.text), (features, part.feature))]
+        found.append(pd.Series(acts[tuple(where)], part.index))
+    return pd.concat(found)
 
 
 def outcome(rated: pd.DataFrame, *, side: str = "input", how: str = "texts", rule: str = "score", rounded: bool = True) -> pd.DataFrame:
