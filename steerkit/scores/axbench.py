@@ -54,8 +54,7 @@ def steer(
     sampling = replace(sampling, stop=(*sampling.stop, *lab.ends))
     how = {"samples": samples, "window": window, "sampling": sampling, "chat": bool(lab.tokenizer.chat_template)}
     texts = generate(lab, instructions, arms, work=replace(work, batch_size=work.rows(256)), **how)
-    number = {text: i for i, text in enumerate(instructions)}
-    texts = texts.assign(instruction=texts.prompt.map(number)).rename(columns={"scale": "factor", "ratio": "share"})
+    texts = texts.assign(instruction=texts.row // (len(arms) * samples)).rename(columns={"scale": "factor", "ratio": "share"})
     return texts.drop(columns=["row", "arm", "changed"])
 
 

@@ -68,6 +68,8 @@ def test_the_factor_is_chosen_on_other_instructions_than_it_is_reported_on():
     texts = X.steer(lab, pushes, asked, samples=2, sampling=replace(X.SAMPLING, max_new_tokens=4), work=QUIET)
     assert list(texts) == ["prompt", "topic", "method", "factor", "sample", "text", "tokens", "share", "instruction"]
     assert len(texts) == 2 * 4 * 2 and [asked[i] for i in texts.instruction] == texts.prompt.tolist()
+    twice = X.steer(lab, pushes, ["Why?", "Why?"], sampling=replace(X.SAMPLING, max_new_tokens=2), work=QUIET)
+    assert twice.instruction.tolist() == [0, 0, 1, 1]  # equal instructions are told apart
     texts = X.judged(texts, PLANTED, work=QUIET)
     assert texts[texts.factor == 900.0].concept.tolist() == [2.0] * 8  # every token is the letter
 
