@@ -19,6 +19,7 @@ from steerkit.methods.output_scores.score import lens_tokens, output_scores
 from steerkit.methods.output_scores.success import KEY, at_best
 from steerkit.methods.output_scores.success import by_factor as counts_by_factor
 from steerkit.scores import axbench
+from steerkit.store import Work, fingerprint, score_texts
 from steerkit.vectors import caa, sae_row
 
 SIDES = ("input", "output")
@@ -86,15 +87,21 @@ def asks(labels: Mapping[Key, Label], instructions: Sequence[str]) -> pd.DataFra
     return pd.DataFrame(rows, columns=[*KEY, "instruction", "prompt", "asked"])
 
 
-def fires(lab: Lab, texts: pd.DataFrame) -> pd.Series:
-    """Return each text's mean activation of its own feature (layer, feature), read with steering off, under the texts' index."""
-    found = []
-    for layer, part in texts.groupby("layer"):
+def fires(lab: Lab, texts: pd.DataFrame, work: Work = Work()) -> pd.Series:
+    """Return each text's mean activation of its own feature (layer, feature), read with steering off, under the texts' index.
+
+    work.out: as in `store.score_texts`, where finished parts stay.
+    """
+
+    def read(part: pd.DataFrame) -> dict[str, list]:
         distinct, features = part.text.unique().tolist(), sorted(set(part.feature))
-        acts = feature_means(lab.at(int(layer)), distinct)[:, features].numpy()
+        acts = feature_means(lab.at(int(part.layer.iloc[0])), distinct)[:, features].numpy()
         where = [pd.Index(known).get_indexer(wanted) for known, wanted in ((distinct, part.text), (features, part.feature))]
-        found.append(pd.Series(acts[tuple(where)], part.index))
-    return pd.concat(found)
+        return {"fires": acts[tuple(where)].tolist()}
+
+    parts = [part[[*KEY, "text"]] for _, part in texts.groupby("layer")]
+    by = [fingerprint(lab.hf, lab.sae(int(part.layer.iloc[0]))) if work.out else "" for part in parts]
+    return pd.concat([score_texts(part, read, name="fires", by=one, work=work).fires for part, one in zip(parts, by)])
 
 
 def outcome(rated: pd.DataFrame, *, side: str = "input", how: str = "texts", rule: str = "score", rounded: bool = True) -> pd.DataFrame:

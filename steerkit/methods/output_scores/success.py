@@ -189,7 +189,7 @@ def over_peers(table: Float[np.ndarray, "n 3"], threshold: float) -> float:
     """
     layer, kept = table[:, 2].astype(np.int64), table[:, 0] >= threshold
     peers = np.bincount(layer, table[:, 1]) / np.maximum(np.bincount(layer), 1)
-    return float((table[kept, 1] - peers[layer[kept]]).mean()) if kept.any() else float("nan")
+    return round(float((table[kept, 1] - peers[layer[kept]]).mean()), 12) if kept.any() else float("nan")  # a zero is one
 
 
 def filtered(

@@ -9,6 +9,7 @@ import torch
 from steerkit.feature_cards import describe_on
 from steerkit.methods.output_scores import own_concept as O
 from steerkit.methods.output_scores.score import output_scores
+from steerkit.store import Work
 from steerkit.vectors import caa
 
 TEXTS = ["so many words in one line", "and as many in another one", "a third line of words to read", "one more line for the card"]
@@ -48,6 +49,24 @@ def test_rivals_push_as_far_as_the_feature_does_on_the_neutral_prompt():
     torch.testing.assert_close(torch.nn.functional.normalize(first.edits[0].vector, dim=0), direction)
     with pytest.raises(ValueError, match="rivals: expected some of"):
         O.arms(at, examples, [1.0], ["ReFT"])
+
+
+def test_each_feature_is_asked_for_with_each_instruction():
+    found = O.asks({(1, 5): [("a cat", " cat"), ("two dogs", " dogs")], (1, 9): [("x", "x")]}, ["Why?", "Who?"])
+    assert found[["layer", "feature", "instruction"]].values.tolist() == [[1, 5, 0], [1, 5, 1], [1, 9, 0], [1, 9, 1]]
+    assert found.asked[1].endswith("into your answer: cat, dogs.\n\nQuestion: Who?") and found.prompt.tolist() == ["Why?", "Who?"] * 2
+
+
+def test_a_text_is_read_for_its_own_feature_with_steering_off(tmp_path):
+    lab = tiny.lab(saes={0: tiny.planted_sae(), 1: tiny.planted_sae()})
+    texts = pd.DataFrame({"layer": [1, 0, 1, 1], "feature": [5, 9, 70, 5], "text": [*TEXTS[:2], TEXTS[0], ""]}, index=[8, 2, 4, 6])
+    found = O.fires(lab, texts, Work(out=tmp_path / "x-{key}.jsonl", progress=False))
+    for i, row in texts[texts.text != ""].iterrows():
+        ids, _ = lab.tokens([row.text])
+        with torch.inference_mode():
+            x = lab.hf(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[row.layer + 1][0, 1:]
+        assert found[i] == pytest.approx(float(torch.cat([x, -x], 1).relu()[:, row.feature].mean()), rel=1e-4, abs=1e-6)
+    assert found[6] == 0.0 and sorted(found.index) == sorted(texts.index) and len(list(tmp_path.iterdir())) == 2
 
 
 def rated():
