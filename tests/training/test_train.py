@@ -286,7 +286,7 @@ def test_a_card_is_made_on_given_texts_from_ordinary_positions_alone(tmp_path):
     feature, best, peak = 5, 0.0, ""
     for text in texts:
         ids, _ = lab.tokens([text])
-        acts = lab.sae(1).encode(residuals(lab.hf, ids, layers=[1])[1])[0, 1:, feature]  # not at the first token
+        acts = lab.sae(1).encode(residuals(lab.hf, ids, layers=[1])[1])[0, 1:, feature].detach()  # not at the first token
         if float(acts.max()) > best:
             best, peak = float(acts.max()), lab.tokenizer.decode([ids[0, 1 + int(acts.argmax())]])
     before, found, after, value = passages(card, [feature], lab.tokenizer)[0][0]
