@@ -1,6 +1,6 @@
 """Feature cards: how often each feature of an SAE fires, and the places of a text where it fires hardest; written, found, read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from steerkit.features import top_contexts
+from steerkit.engine.lab import Place
+from steerkit.features import read, token_batches, top_contexts
 from steerkit.files import DATA, write_atomic
+from steerkit.inputs import Whole
 
 AFTER = 2  # tokens of a context behind its peak
 NOWHERE = 65535  # the id of a place beyond the text, where ids are uint16; elsewhere -1
@@ -56,15 +58,34 @@ def card_path(preset: str, layer: int) -> Path:
     return DATA / "saes" / preset / f"layer_{layer}" / "features.safetensors"
 
 
+@torch.inference_mode()
+def describe_on(at: Place, texts: Iterable[str], path: str | Path, *, k: int = 16) -> Path:
+    """Write the card of a place's SAE on these texts, ordinary positions only: for SAEs without one, or for other places of a feature."""
+    acts, tokens = [], []
+    for ids, mask in token_batches(at.tokenizer, texts):
+        resid, keep = read(at, ids, mask)
+        acts.append(resid[keep].to(at.sae.W_dec.device))
+        tokens.append(ids.to(keep.device)[keep].to(acts[-1].device))
+    return describe(at.sae, [torch.cat(acts)], [torch.cat(tokens)], path, k=k)
+
+
 def contexts(path: str | Path, feature: int, tokenizer) -> list[tuple[str, float]]:
     """Return a feature's top contexts as (text with the peak token in guillemets, peak activation)."""
+    return [(f"{before}«{peak}»{after}", value) for before, peak, after, value in passages(path, [feature], tokenizer)[0]]
+
+
+def passages(path: str | Path, features: Iterable[Whole], tokenizer) -> list[list[tuple[str, str, str, float]]]:
+    """Return each feature's top contexts, strongest first: text before the peak token, the token, text after it, peak activation."""
     card = load_file(path)
-    shown = []
-    for ids, peak in zip(card["contexts"][feature].to(torch.int64).tolist(), card["peaks"][feature].tolist()):
-        words = [("" if i in (NOWHERE, -1) else tokenizer.decode([i])) for i in ids]
-        at = len(words) - 1 - AFTER
-        shown.append(("".join(words[:at]) + f"«{words[at]}»" + "".join(words[at + 1 :]), peak))
-    return shown
+
+    def text(ids: list[int]) -> str:
+        return "".join("" if i in (NOWHERE, -1) else tokenizer.decode([i]) for i in ids)
+
+    def of(feature: int) -> list[tuple[str, str, str, float]]:
+        rows = zip(card["contexts"][feature].to(torch.int64).tolist(), card["peaks"][feature].tolist())
+        return [(text(ids[: -1 - AFTER]), text(ids[-1 - AFTER : -AFTER]), text(ids[-AFTER:]), value) for ids, value in rows]
+
+    return [of(int(feature)) for feature in features]
 
 
 def top_context(path: str | Path, feature: int, tokenizer) -> str:

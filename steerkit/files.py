@@ -1,6 +1,7 @@
 """Where things are: the project folder, its data, the user's cache; and how a file is written whole or not at all."""
 
 import gzip
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -73,6 +74,22 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
     return path
 
 
+TEXTS = ("text", "ranks")  # columns of a table that are kept as JSON unless they hold numbers: a text may hold any character
+
+
+def _texts(table, change) -> dict:
+    return {name: table[name].map(change) for name in TEXTS if name in table and table[name].dtype.kind not in "iuf"}
+
+
 def write_table(path: str | Path, table, *, digits: str = "%.4g") -> Path:
-    """Write a data frame as gzipped csv; equal tables give equal bytes."""
-    return write_atomic(path, gzip.compress(table.to_csv(index=False, float_format=digits).encode(), 9, mtime=0))
+    """Write a data frame as gzipped csv, with `TEXTS` as JSON; equal tables give equal bytes."""
+    rows = table.assign(**_texts(table, json.dumps)).to_csv(index=False, float_format=digits)
+    return write_atomic(path, gzip.compress(rows.encode(), 9, mtime=0))
+
+
+def read_table(path: str | Path):
+    """Return a data frame that `write_table` wrote."""
+    import pandas as pd
+
+    table = pd.read_csv(path)
+    return table.assign(**_texts(table, json.loads))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from steerkit.files import shipped, write_atomic, write_table
+from steerkit.files import read_table, shipped, write_atomic, write_table
 from steerkit.store import Journal, Work, score_texts
 
 
@@ -26,6 +26,15 @@ def test_equal_tables_give_equal_bytes(tmp_path):
     table = pd.DataFrame({"a": [1, 2], "b": [0.123456789, 1e-7]})
     one, two = (write_table(tmp_path / name, table).read_bytes() for name in ("one.csv.gz", "two.csv.gz"))
     assert one == two and gzip.decompress(one).decode() == "a,b\n1,0.1235\n2,1e-07\n"
+
+
+def test_texts_come_back_from_a_table_whatever_they_hold(tmp_path):
+    texts = ["", "NA", '12', 'a "b", c', "two\nlines\r\n", "\u2028 \x00 end", "007"]
+    ranks = [[], [0], [3, 3], [19], [], [1], [2]]
+    table = pd.DataFrame({"feature": range(7), "share": [0.5] * 6 + [np.nan], "text": texts, "ranks": ranks})
+    pd.testing.assert_frame_equal(read_table(write_table(tmp_path / "t.csv.gz", table)), table)
+    numbers = table[["feature"]].assign(text=table.feature)  # a column of numbers stays one
+    pd.testing.assert_frame_equal(read_table(write_table(tmp_path / "n.csv.gz", numbers)), numbers)
 
 
 def test_shipped_files_belong_to_a_preset(tmp_path):

@@ -107,7 +107,7 @@ def test_the_rooms_of_a_method_are_found_on_first_use():
     code = "import steerkit as sk; print(sk.sae_ts.approximator.aim.__module__, sk.corrsteer.nulls.__name__, dir(sk.output_scores))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert done.stdout.split(" ", 2)[:2] == ["steerkit.methods.sae_ts.approximator", "steerkit.methods.corrsteer.nulls"], done.stderr
-    assert "['inputs', 'score', 'success']" in done.stdout
+    assert "['inputs', 'own_concept', 'score', 'success']" in done.stdout
 
 
 def test_an_unknown_name_is_refused_and_a_module_is_no_function():

@@ -51,3 +51,16 @@ def trade_off() -> pd.DataFrame:
     found = json.loads((FOLDER / "saets_fig8_BC.json").read_text(encoding="utf-8"))
     points = [(*key.split("|"), *point) for key, curve in found.items() for point in curve]
     return pd.DataFrame(points, columns=["topic", "method", "scale", "behaviour", "coherence"])
+
+
+def golden(preset: str) -> pd.DataFrame:
+    """Return single features' published scores of the output-score paper: layer, feature, s_in, s_out, factor; no row for other models.
+
+    >>> golden("pythia-70m").query("layer == 4 and feature == 7772").s_out.round(3).tolist()
+    [0.794]
+    """
+    short = lambda name: "".join(filter(str.isalnum, name))  # noqa: E731
+    found = json.loads((FOLDER / "output_score_golden.json").read_text(encoding="utf-8"))
+    features = next((model["features"] for key, model in found.items() if short(key) == short(preset)), {})
+    rows = [(*map(int, key.split("_")), s["S_in"], s.get("S_out", s.get("S_out_post")), s["best_factor"]) for key, s in features.items()]
+    return pd.DataFrame(rows, columns=["layer", "feature", "s_in", "s_out", "factor"])

@@ -58,15 +58,17 @@ class Panel:
     """Who judges: a judge for each topic, one of coherence (or fluency), one of whether a text is about what its prompt asks.
 
     by: what judges coherence, where that is slow; finished parts are kept under it. before: told of all that is about to be
-    asked, so that judges that cost something can say how much, and ask for all of it at once.
+    asked, so that judges that cost something can say how much, and ask for all of it at once. in_words: a judge of a concept that is
+    described and no topic of data/concepts, where the judges understand words.
     """
 
     name: str
-    concept: Callable[[str], Judge]
+    concept: Callable[[object], Judge]
     coherence: Judge
     instruction: Judge
     by: str = ""
     before: Callable[[Sequence[Asked]], None] | None = None
+    in_words: Callable[[str], Judge] | None = None
 
     def score(self, asked: Sequence[Asked], work: Work = Work()) -> list[pd.Series]:
         """Return each judge's scores of its texts (columns prompt and text), under their index; equal pairs are judged once.

@@ -232,13 +232,16 @@ def api_panel(name: str, rubric: str, answers: Answers) -> Panel:
     """
     if rubric not in PAPERS:
         raise ValueError(f"rubric: expected one of {list(PAPERS)}, got {rubric!r}")
-    concept, language = PAPERS[rubric]
+    words, asked_of, language = PAPERS[rubric]
 
     def before(asked: Sequence[Asked]) -> None:
         ours = [(judge, texts) for judge, texts in asked if isinstance(judge, ApiJudge)]
         answers.to([body for judge, texts in ours for body in judge.bodies(texts.text.tolist(), texts.prompt.tolist())])
 
-    def about(topic: str) -> Judge:
-        return ApiJudge(concept(named(topic)), answers)
+    def in_words(concept: str) -> Judge:
+        return ApiJudge(asked_of(concept), answers)
 
-    return Panel(name, about, ApiJudge(language, answers), ApiJudge(axbench_instruction(), answers), before=before)
+    def about(topic: str) -> Judge:
+        return in_words(words(named(topic)))
+
+    return Panel(name, about, ApiJudge(language, answers), ApiJudge(axbench_instruction(), answers), before=before, in_words=in_words)

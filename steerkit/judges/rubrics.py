@@ -85,10 +85,10 @@ def axbench_fluency() -> Rubric:
     return _axbench("fluency", question, scale)
 
 
-# What each paper asks of a topic, and of the language.
-PAPERS: dict[str, tuple[Callable[[Concept], Rubric], Rubric]] = {
-    "sae_ts": (lambda topic: behaviour(topic.criterion), coherence()),
-    "axbench": (lambda topic: axbench_concept(f"{topic.title}. {topic.criterion.rstrip('. ')}"), axbench_fluency()),
+# What each paper calls a topic, asks of a text on something so called, and asks of its language.
+PAPERS: dict[str, tuple[Callable[[Concept], str], Callable[[str], Rubric], Rubric]] = {
+    "sae_ts": (lambda topic: topic.criterion, behaviour, coherence()),
+    "axbench": (lambda topic: f"{topic.title}. {topic.criterion.rstrip('. ')}", axbench_concept, axbench_fluency()),
 }
 
 

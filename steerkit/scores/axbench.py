@@ -4,7 +4,7 @@ Wu et al. (arXiv 2501.17148), as used in arXiv 2505.20063, section 4.4. Three sc
 mean; the factor is chosen on one half of the instructions and reported on the other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -33,70 +33,58 @@ def harmonic(scores: Num[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n"]:
     return np.where((scores <= 0).any(-1), 0.0, found)
 
 
-def overall(scores: Num[np.ndarray, "texts 3"], *, how: str = "texts") -> float:
-    """Return one number for several texts: the mean of their harmonic means ("texts", AxBench), or the harmonic mean of
-    their means ("means", the output-score paper), which is never smaller.
-
-    >>> c, i, f = [2, 0, 2, 0, 2], [2] * 5, [2, 2, 0, 2, 0]
-    >>> [round(overall(np.stack([c, i, f], 1), how=h), 3) for h in ("means", "texts")]
-    [1.385, 0.4]
-    """
-    if how not in ("texts", "means"):
-        raise ValueError(f'how: expected "texts" or "means", got {how!r}')
-    return float(harmonic(scores).mean() if how == "texts" else harmonic(np.asarray(scores, dtype=float).mean(0)))
-
-
 def steer(
     lab: Lab,
     arms: Sequence[Arm],
     instructions: Sequence[str],
     *,
-    prefix: Mapping[str, str] | None = None,
     window: str = "last",
+    samples: int = 1,
     sampling: Sampling = SAMPLING,
-    judges: Panel | None = None,
     work: Work = Work(),
 ) -> pd.DataFrame:
-    """Return a row for each arm and instruction: factor (the arm's scale), answer, its three scores (0 to 2), the arm's labels.
+    """Return a row for each arm, instruction and sample: the arm's labels, factor (its scale), instruction (its number), prompt, sample,
+    text, tokens, and share (mean |push| / |x|).
 
-    arms: each with the label `topic`, which its answers are judged for, and whatever else tells it apart (method, layer,
-    feature). prefix: by topic, text put before the instruction (prompting); the judges, offline by
-    default, see the plain instruction. Sampling is
-    AxBench's: chat template (plain text for a model without one), temperature 1; the tokens that end a text are added.
-    Batches of 256 rows unless work says so. Raises ValueError for an arm without a topic.
+    Sampling is AxBench's: chat template (plain text for a model without one), temperature 1; the tokens that end a text are
+    added. Batches of 256 rows unless work says so.
 
-    >>> steer(lab, [Arm("SAE", Boost(13, sae, 5, 2.0), 2.0, {"topic": "love"})], ["Name a fruit."])      # doctest: +SKIP
+    >>> steer(lab, [Arm("SAE", Boost(13, sae, 5, 2.0), 2.0, {"feature": 5})], ["Name a fruit."])      # doctest: +SKIP
     """
-    lost = [arm.name for arm in arms if "topic" not in arm.labels]
-    if lost or not arms:
-        raise ValueError(f"arms: expected at least one, each with a label `topic`, got {len(arms)}, {lost} without: Arm(..., labels=...)")
     sampling = replace(sampling, stop=(*sampling.stop, *lab.ends))
-    settings = {"window": window, "sampling": sampling, "chat": bool(lab.tokenizer.chat_template)}
-    settings["work"] = replace(work, batch_size=work.rows(256))
-    before, tables = [(prefix or {}).get(arm.labels["topic"], "") for arm in arms], []
-    for put in sorted(set(before)):
-        asked = {put + instruction: instruction for instruction in instructions}
-        texts = generate(lab, list(asked), [arm for arm, text in zip(arms, before) if text == put], **settings)
-        tables.append(texts.assign(instruction=texts.prompt.map(asked)))
-    texts = pd.concat(tables, ignore_index=True)
-    judges, seen = judges or panel(), texts.assign(prompt=texts.instruction)
-    mine = {topic: seen[seen.topic == topic] for topic in dict.fromkeys(seen.topic)}
-    told = [(judges.coherence, seen), (judges.instruction, seen), *((judges.concept(t), part) for t, part in mine.items())]
+    how = {"samples": samples, "window": window, "sampling": sampling, "chat": bool(lab.tokenizer.chat_template)}
+    texts = generate(lab, instructions, arms, work=replace(work, batch_size=work.rows(256)), **how)
+    texts = texts.assign(instruction=texts.row // (len(arms) * samples)).rename(columns={"scale": "factor", "ratio": "share"})
+    return texts.drop(columns=["row", "arm", "changed"])
+
+
+def judged(texts: pd.DataFrame, judges: Panel | None = None, *, by: Sequence[str] = ("topic",), work: Work = Work()) -> pd.DataFrame:
+    """Return texts (prompt, the plain instruction, and text) with their three scores from 0 to 2: concept, instruct, fluency.
+
+    by: the columns that name a text's concept; `judges.concept` is asked for the judge of each (a tuple where there are several).
+
+    >>> judged(steer(lab, [Arm("none", labels={"topic": "love"})], ["Name a fruit.", "Why?"]))    # doctest: +SKIP
+    """
+    judges = judges or panel()
+    mine = list(texts.groupby(by[0] if len(by) == 1 else list(by)))
+    told = [(judges.coherence, texts), (judges.instruction, texts), *((judges.concept(key), part) for key, part in mine)]
     fluency, instruct, *concept = judges.score(told, work)
-    texts = texts.assign(concept=2 * pd.concat(concept), instruct=2 * instruct, fluency=2 * fluency)
-    labels = dict.fromkeys(label for arm in arms for label in arm.labels)
-    return texts.rename(columns={"scale": "factor"})[["factor", "instruction", "text", *SCORES, *labels]]
+    return texts.assign(concept=2 * pd.concat(concept), instruct=2 * instruct, fluency=2 * fluency)
 
 
-def held_out(texts: pd.DataFrame, *, how: str = "texts") -> pd.DataFrame:
-    """Return a row for each set of labels: the factor with the best score on every other instruction, and its score on the rest."""
-    labels = [name for name in texts if name not in {"factor", "instruction", "text", *SCORES}]
-    number = {text: n for n, text in enumerate(dict.fromkeys(texts.instruction))}
-    first = texts.instruction.map(number) % 2 == 0
-    rows = []
-    for key, part in texts.groupby(labels, sort=False, dropna=False):
-        by = {f: overall(t[SCORES].to_numpy(), how=how) for f, t in part[first[part.index]].groupby("factor")}
-        factor = max(by, key=by.get)
-        rest = part[~first[part.index] & (part.factor == factor)]
-        rows.append([*key, factor, overall(rest[SCORES].to_numpy(), how=how), *rest[SCORES].mean(), len(rest)])
-    return pd.DataFrame(rows, columns=[*labels, "factor", "score", *SCORES, "n"])
+def by_factor(texts: pd.DataFrame, by: Sequence[str], *, how: str = "texts") -> pd.DataFrame:
+    """Return a row for each set of `by` and factor: score, the three scores' means, and n texts.
+
+    how: score is the mean of the texts' harmonic means ("texts", AxBench), or the harmonic mean of the three means ("means", the
+    output-score paper), which is never smaller.
+
+    >>> texts = pd.DataFrame({"factor": 1.0, "concept": [2, 0, 2, 0, 2], "instruct": 2, "fluency": [2, 2, 0, 2, 0], "method": "SAE"})
+    >>> [round(by_factor(texts, ["method"], how=h).score[0], 3) for h in ("means", "texts")]
+    [1.385, 0.4]
+    """
+    if how not in ("texts", "means"):
+        raise ValueError(f'how: expected "texts" or "means", got {how!r}')
+    grouped = texts.assign(score=harmonic(texts[SCORES].to_numpy())).groupby([*by, "factor"])
+    means = grouped[["score", *SCORES]].mean()
+    score = means.score if how == "texts" else harmonic(means[SCORES].to_numpy())
+    return means.assign(score=score, n=grouped.size()).reset_index()

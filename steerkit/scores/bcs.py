@@ -3,7 +3,6 @@
 The peak over scales is picked on one half of the samples and scored on the other; also the papers' way, on the same ones.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from steerkit.engine.decode import Sampling
 from steerkit.engine.generate import BASELINE, generate, grid
 from steerkit.engine.lab import Lab
-from steerkit.files import write_table
+from steerkit.files import read_table, write_table
 from steerkit.judges import Panel, panel
 from steerkit.stats import Interval, clean, paired_difference, t_interval
 from steerkit.store import Work
@@ -167,11 +166,9 @@ def compare(judged: pd.DataFrame, a: str, b: str) -> tuple[Interval, pd.Series]:
 def save_scores(judged: pd.DataFrame, path: str | Path) -> Path:
     """Write the texts and their scores as gzipped csv with three decimals: small enough to ship, and another judge can read them."""
     columns = ["topic", "prompt", "method", "scale", "sample", "behaviour", "coherence", "text"]
-    table = judged[columns].sort_values(columns[:5])
-    return write_table(path, table.assign(text=table.text.map(json.dumps)), digits="%.3f")  # a text may hold any character
+    return write_table(path, judged[columns].sort_values(columns[:5]), digits="%.3f")
 
 
 def load_scores(path: str | Path) -> pd.DataFrame:
     """Read what `save_scores` wrote."""
-    table = pd.read_csv(path, keep_default_na=False).astype({"scale": float, "behaviour": float, "coherence": float})
-    return table.assign(text=table.text.map(json.loads)) if "text" in table else table
+    return read_table(path).astype({"scale": float, "behaviour": float, "coherence": float})

@@ -13,7 +13,7 @@ from steerkit.book import run
 from steerkit.engine.generate import Arm, Sampling, Work
 from steerkit.engine.lab import Lab
 from steerkit.files import ROOT
-from steerkit.judges import Panel, coherence, panel
+from steerkit.judges import coherence, panel
 from steerkit.methods.corrsteer import trial
 from steerkit.methods.output_scores import score
 from steerkit.methods.sae_ts import calibration
@@ -129,12 +129,10 @@ def test_coherence_is_judged_by_the_embedded_model_whatever_wrote_the_texts(monk
 def test_a_model_without_a_chat_template_is_asked_in_plain_text():
     tok, asked = tiny.tokenizer(), []
     tok.chat_template = None
-    fine = lambda texts, prompts=None: np.ones(len(texts))  # noqa: E731
-    judges = Panel("planted", lambda topic: fine, fine, fine)
     model = tiny.model("llama")
     model.base_model.register_forward_pre_hook(lambda _m, _a, kwargs: asked.append(kwargs["input_ids"]), with_kwargs=True)
-    lab, arms = Lab(load.preset("pythia-70m"), model, tok), [Arm("none", labels={"topic": "love"})]
-    axbench.steer(lab, arms, ["Why?", "Who?"], judges=judges, sampling=Sampling(max_new_tokens=2), work=Work(progress=False))
+    lab, arms = Lab(load.preset("pythia-70m"), model, tok), [Arm("none")]
+    axbench.steer(lab, arms, ["Why?", "Who?"], sampling=Sampling(max_new_tokens=2), work=Work(progress=False))
     assert tok.decode(asked[0][0]) == "<bos>Why" and torch.is_tensor(asked[0])
     chat, plain = (Task(name, "letter", 1, name == "x", {"selection": ()}) for name in "xy")
     with pytest.raises(ValueError, match=r"x: expected a model with a chat template.*pythia-70m has none"):

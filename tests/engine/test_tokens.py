@@ -88,7 +88,7 @@ def test_every_part_stops_at_the_models_own_end_token(monkeypatch, ends):
     if ends:
         lab.hf.generation_config.eos_token_id = [2, 107]
     for call in (
-        lambda: axbench.steer(lab, [Arm("a", labels={"topic": "love"})], ["a"]),
+        lambda: axbench.steer(lab, [Arm("a")], ["a"]),
         lambda: bcs.sweep(lab, {}),
         lambda: success.sweep(lab, {1: [0]}, {1: torch.tensor([[1]])}, prompts=["a"]),
         lambda: trial.ask(lab, task, [question("So")]),

@@ -225,13 +225,14 @@ def test_axbench_is_judged_by_its_own_rubrics(stub, tmp_path):
     row = lab.hf.get_output_embeddings().weight.detach()[70]
     arms = [Arm("x", Add(2, row, 30.0), 30.0, {"topic": "love"}), Arm("plain", labels={"topic": "french"})]
     judges = panel(f"api:m@{stub.url}", rubric="axbench", cassette=tmp_path / "tape.jsonl")
-    call = {"prefix": {"french": "In French: "}, "sampling": Sampling(max_new_tokens=6), "work": Work(progress=False)}
-    texts = axbench.steer(lab, arms, instructions, judges=judges, **call)
-    assert len(texts) == 6 and set(texts.instruction) == set(instructions)
+    texts = axbench.steer(lab, arms, instructions, sampling=Sampling(max_new_tokens=6), work=Work(progress=False))
+    texts = axbench.judged(texts, judges, work=Work(progress=False))
+    assert len(texts) == 6 and set(texts.prompt) == set(instructions)
     for found in texts.itertuples():
         topic, text = concepts()[found.topic], found.text
         about = f"{topic.title}. {topic.criterion.rstrip('.')}"
-        assert (found.concept, found.instruct, found.fluency) == (rated(text, about), rated(text, found.instruction), rated(text))
+        assert (found.concept, found.instruct, found.fluency) == (rated(text, about), rated(text, found.prompt), rated(text))
+    assert judges.in_words("words like: rain, wind")(["a wet day"])[0] == rated("a wet day", "words like: rain, wind") / 2
 
 
 def test_who_judges_is_read_strictly(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from recipes import saes as recipe_saes
-from steerkit.feature_cards import contexts, describe
+from steerkit.feature_cards import contexts, describe, describe_on, passages
 from steerkit.features import ordinary_positions, residuals
 from steerkit.models.jumprelu import JumpReLU
 from steerkit.training import harvest, quality, train
@@ -275,6 +275,22 @@ def test_feature_cards_name_the_planted_peaks(tmp_path):
     assert stored["contexts"][7, 1].to(torch.int64).tolist() == ids[32:43].tolist()
     np.testing.assert_allclose(stored["density"][:D], (x > 0).float().mean(0))
     assert f"«{tok.decode([int(ids[150])])}»" in contexts(card, 7, tok)[0][0]
+    before, peak, after, value = passages(card, [3, 7], tok)[1][0]
+    assert (f"{before}«{peak}»{after}", value) == contexts(card, 7, tok)[0] and peak == tok.decode([int(ids[150])])
+
+
+def test_a_card_is_made_on_given_texts_from_ordinary_positions_alone(tmp_path):
+    lab = tiny.lab()
+    texts = ["so many words in one line", "and as many in another one", "a third line of words to read"]
+    card = describe_on(lab.at(1), texts, tmp_path / "card.safetensors", k=2)
+    feature, best, peak = 5, 0.0, ""
+    for text in texts:
+        ids, _ = lab.tokens([text])
+        acts = lab.sae(1).encode(residuals(lab.hf, ids, layers=[1])[1])[0, 1:, feature].detach()  # not at the first token
+        if float(acts.max()) > best:
+            best, peak = float(acts.max()), lab.tokenizer.decode([ids[0, 1 + int(acts.argmax())]])
+    before, found, after, value = passages(card, [feature], lab.tokenizer)[0][0]
+    assert found == peak and value == pytest.approx(best, rel=1e-3) and len(before) <= 8 and len(after) <= 2
 
 
 def test_the_recipe_trains_describes_and_measures(text, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from steerkit.lazy import lazily
 
 MODULES = {
     "inputs": "steerkit.methods.output_scores.inputs",
+    "own_concept": "steerkit.methods.output_scores.own_concept",
     "score": "steerkit.methods.output_scores.score",
     "success": "steerkit.methods.output_scores.success",
 }

@@ -3,8 +3,10 @@
 Arad, Mueller, Belinkov (arXiv 2505.20063), sections 3 and 4: eq. 7, Appendix E, Figures 4, 5 and 8.
 """
 
+import ast
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,18 +14,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steerkit import data
 from steerkit.engine.decode import Sampling
 from steerkit.engine.edits import Boost
 from steerkit.engine.generate import Arm, generate
 from steerkit.engine.lab import Lab
 from steerkit.engine.losses import token_losses
 from steerkit.engine.tokens import bare_ids
+from steerkit.files import resolve
 from steerkit.inputs import Number, Whole
+from steerkit.stats import bootstrap
 from steerkit.store import Work, fingerprint, score_texts
 
 FACTORS = (0.2, 0.4, 0.8, 1.2, 1.6, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 20.0)
 SAMPLING = Sampling(temperature=0.7, top_k=50, max_new_tokens=20, keep_stop=True)  # as released; `sweep` adds the stop tokens
 THRESHOLDS = (*(10.0**k for k in range(-10, -2)), 0.01, 0.1, 0.3, 0.5, 0.7, 0.9)
+COHERENT = 0.5  # a text counts as coherent from this score on
+KEY = ("layer", "feature")
 
 
 def sample_features(n_features: int, n: int, *, seed: int = 0) -> list[int]:
@@ -35,14 +42,36 @@ def sample_features(n_features: int, n: int, *, seed: int = 0) -> list[int]:
     return torch.randperm(n_features, generator=torch.Generator().manual_seed(seed))[:n].tolist()
 
 
-def hits(tokens: Sequence[int], lens: Sequence[int], *, k: int = 20) -> int:
-    """Return how many tokens of a continuation are among the first k lens tokens; occurrences, not a share (eq. 7).
+def openings(source: str | Path) -> list[str]:
+    """Return the openings of a file or hub data set (column `text`), or those of the released steer.py: the list `prefixes` in it.
 
-    >>> hits([5, 7, 5, 9], [5, 9], k=1), hits([5, 7, 5, 9], [5, 9], k=2)
-    (2, 3)
+    Raises ValueError for a .py file without such a list.
     """
-    wanted = set(lens[:k])
-    return sum(t in wanted for t in tokens)
+    if not str(source).endswith(".py"):
+        return [row["text"] for row in data.rows(resolve(source) if data.kind(source) else source)]
+    for node in ast.walk(ast.parse(resolve(source).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "prefixes":
+            return ast.literal_eval(node.value)
+    raise ValueError(f"{source}: expected a list of texts named `prefixes`, got none: give the released src/steer.py")
+
+
+def ranks(tokens: Sequence[int], lens: Sequence[int]) -> list[int]:
+    """Return the place in the lens, 0 for the top, of each lens token in a continuation.
+
+    >>> ranks([5, 7, 5, 9], [5, 9])
+    [0, 0, 1]
+    """
+    place = {token: i for i, token in enumerate(lens)}
+    return [place[token] for token in tokens if token in place]
+
+
+def hits(ranked: Iterable[Sequence[int]], *, k: int = 20) -> Int[np.ndarray, " texts"]:
+    """Return how many of the first k lens tokens each text holds: occurrences, not a share (eq. 7, whose mean over texts is success@k).
+
+    >>> hits([ranks([5, 7, 5, 9], [5, 9])], k=1).tolist(), hits([ranks([5, 7, 5, 9], [5, 9])], k=2).tolist()
+    ([2], [3])
+    """
+    return np.array([sum(rank < k for rank in one) for one in ranked], dtype=np.int64)
 
 
 def period_tokens(tokenizer) -> list[int]:
@@ -60,88 +89,131 @@ def sweep(
     sampling: Sampling = SAMPLING,
     work: Work = Work(),
 ) -> pd.DataFrame:
-    """Return a row for each layer, feature, factor and prompt: text, hits at 1, 5 and 20, tokens, summed loss in nats.
+    """Return a row for each layer, feature, factor and prompt: text, share (mean |push| / |x|), ranks, summed loss in nats, tokens.
 
     The last prompt token and each new one are pushed by factor x a_max x W_dec[i], a_max read live (`Boost`); a text ends at
-    its first full stop, which is part of it, as released. lens[layer][j] belongs to features[layer][j]. The loss is that of
-    the unsteered model on prompt and text; the paper takes another model's. work.out is a folder, where finished layers stay;
-    batches of 256 rows unless work says so.
+    its first full stop, which is part of it, as released. Factor 0 is no steering: such texts are written once a layer and counted for
+    every feature. lens[layer][j] belongs to features[layer][j]. Ranks and loss: `counted`. work.out is a folder, where finished
+    layers stay; batches of 256 rows unless work says so.
     """
     tables, ids_of = [], {p: bare_ids(lab.tokenizer, p) for p in prompts}
     stop = (*sampling.stop, *period_tokens(lab.tokenizer), *lab.ends)
-    reader = fingerprint(lab.hf, ids_of) if work.out else ""
+    for layer, chosen in features.items():
+        boosts = [(int(f), Boost(layer, lab.sae(layer), int(f), float(s))) for f in chosen for s in factors if s]
+        arms = [Arm(f"feature {f}", boost, boost.factor, {"feature": f}) for f, boost in boosts]
+        arms += [Arm("no steering", labels={"feature": -1})] if 0 in list(factors) else []
+        here = replace(work.below(f"layer-{layer}-{{key}}.jsonl"), batch_size=work.rows(256))
+        texts = generate(lab, list(prompts), arms, sampling=replace(sampling, stop=stop), window="last", work=here)
+        plain = texts[texts.feature < 0]
+        texts = pd.concat([texts[texts.feature >= 0], *(plain.assign(feature=int(f)) for f in chosen)], ignore_index=True)
+        of = {(layer, int(f)): tokens for f, tokens in zip(chosen, lens[layer].tolist())}
+        tables.append(counted(lab, texts.assign(layer=layer), of, ids_of, work=here))
+    found = pd.concat(tables, ignore_index=True).rename(columns={"scale": "factor", "ratio": "share"})
+    return found[[*KEY, "factor", "prompt", "text", "share", "ranks", "loss", "tokens"]]
+
+
+def counted(
+    lab: Lab,
+    texts: pd.DataFrame,
+    lens: Mapping[tuple[int, int], Sequence[int]],
+    ids_of: Mapping[str, list[int]],
+    *,
+    alone: bool = False,
+    work: Work = Work(),
+) -> pd.DataFrame:
+    """Return texts (prompt, text, tokens, layer, feature) with ranks, loss (summed, in nats) and, as tokens, how many it is summed over.
+
+    lens: tokens by (layer, feature). The loss is that of the unsteered model on prompt (its ids in ids_of) and text; the paper takes
+    another model's. alone: on the text only, given the prompt.
+    """
 
     def losses(part: pd.DataFrame) -> dict[str, list]:
         nats = token_losses(lab.hf, lab.tokenizer, [ids_of[p] + t for p, t in zip(part.prompt, part.tokens)])
+        nats = [row[len(ids_of[p]) :] for p, row in zip(part.prompt, nats)] if alone else nats
         return {"loss": [float(row.sum()) for row in nats], "read": [len(row) for row in nats]}
 
-    for layer, chosen in features.items():
-        boosts = [(int(f), Boost(layer, lab.sae(layer), int(f), float(s))) for f in chosen for s in factors]
-        arms = [Arm(f"feature {f}", boost, boost.factor, {"feature": f}) for f, boost in boosts]
-        here = replace(work.below(f"layer-{layer}-{{key}}.jsonl"), batch_size=work.rows(256))
-        texts = generate(lab, list(prompts), arms, sampling=replace(sampling, stop=stop), window="last", work=here)
-        of = dict(zip(map(int, chosen), lens[layer].tolist()))
-        counts = {f"at{k}": [hits(t, of[f], k=k) for t, f in zip(texts.tokens, texts.feature)] for k in (1, 5, 20)}
-        nats = score_texts(texts[["prompt", "text", "tokens"]], losses, name="losses", by=reader, work=here)
-        table = texts[["prompt", "text"]].assign(layer=layer, feature=texts.feature, factor=texts.scale, **counts)
-        tables.append(table.assign(loss=nats.loss, tokens=nats.read))
-    return pd.concat(tables, ignore_index=True)
+    by = fingerprint(lab.hf, ids_of, alone) if work.out else ""
+    found = score_texts(texts[["prompt", "text", "tokens"]], losses, name="losses", by=by, work=work)
+    ranked = [ranks(t, lens[key]) for t, key in zip(texts.tokens, zip(texts.layer, texts.feature))]
+    return texts.assign(ranks=ranked, loss=found.loss, tokens=found.read)
 
 
-def by_factor(texts: pd.DataFrame, *, at: str = "at20") -> pd.DataFrame:
-    """Return mean success and perplexity, exp(summed loss / tokens), for each layer, feature and factor."""
-    grouped = texts.groupby(["layer", "feature", "factor"])
+def by_factor(texts: pd.DataFrame, by: Sequence[str] = KEY) -> pd.DataFrame:
+    """Return a row for each set of `by` and factor: success@20, perplexity = exp(summed loss / tokens), mean share, n; and where texts have
+    a coherence, coherent = success that counts in coherent texts alone, and fluent = the share of such texts."""
+    texts = texts.assign(success=hits(texts.ranks))
+    if "coherence" in texts:
+        fluent = texts.coherence >= COHERENT
+        texts = texts.assign(coherent=texts.success * fluent, fluent=fluent)
+    grouped = texts.groupby([*by, "factor"])
+    means = grouped[[name for name in ("success", "coherent", "fluent", "share") if name in texts]].mean()
     sums = grouped[["loss", "tokens"]].sum()
-    return pd.DataFrame({"success": grouped[at].mean(), "perplexity": np.exp(sums.loss / sums.tokens)}).reset_index()
+    return means.assign(perplexity=np.exp(sums.loss / sums.tokens.clip(lower=1)), n=grouped.size()).reset_index()
 
 
-def best_factor(factors: Sequence[float], success: Sequence[float], perplexity: Sequence[float], *, cap: float = 3.0) -> tuple[float, bool]:
-    """Return the factor with the highest success / perplexity among those with success <= cap, and whether none had any.
+def at_best(
+    chosen_on: pd.DataFrame, reported_on: pd.DataFrame, *, rule: str = "paper", by: Sequence[str] = KEY, cap: float = 3.0
+) -> pd.DataFrame:
+    """Return each feature's row of the second table at the factor that is best in the first (tables as of `by_factor`), and `found`.
 
-    Where nothing succeeds the smallest factor is returned, as released, and flagged: it is a fallback, not a finding.
+    rule: "paper", the highest success / perplexity among factors with success <= cap (Appendix E), or the name of the column to maximise.
+    found: "yes"; "above the cap": only factors that the cap forbids bring anything; "none": no factor does. The last two get the
+    smallest factor, as released: a fallback, not a finding.
 
-    >>> best_factor([0.2, 0.4, 0.8, 1.2, 2], [0, 0.5, 2, 3.5, 2.9], [10, 11, 20, 30, 60])
-    (0.8, False)
+    >>> toy = pd.DataFrame({"layer": 0, "feature": 0, "factor": [0.4, 0.8, 1.2], "success": [0.5, 2.0, 3.5], "perplexity": [11, 20, 30]})
+    >>> at_best(toy, toy)[["factor", "found"]].values.tolist()
+    [[0.8, 'yes']]
     """
-    ratio = {f: g / p for f, g, p in sorted(zip(factors, success, perplexity)) if g <= cap}
-    if not any(ratio.values()):
-        return min(factors), True
-    return max(ratio, key=ratio.get), False
+    steered, by = chosen_on[chosen_on.factor > 0].sort_values("factor", ignore_index=True), list(by)
+    allowed = steered.success <= cap if rule == "paper" else pd.Series(True, steered.index)
+    value = (steered.success / steered.perplexity).where(allowed, -1.0) if rule == "paper" else steered[rule]
+    keys = [steered[name] for name in by]
+    best = steered.loc[value.groupby(keys).idxmax(), [*by, "factor"]]
+    best["found"] = np.where(value[best.index] > 0, "yes", np.where((~allowed).groupby(keys).any(), "above the cap", "none"))
+    return best.merge(reported_on, on=[*by, "factor"])
 
 
-def at_best(chosen_on: pd.DataFrame, reported_on: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a feature: best factor by the first table of texts, its success in the second, and the `no_success` flag."""
-    rows, report = [], by_factor(reported_on).set_index(["layer", "feature", "factor"])
-    for (layer, feature), part in by_factor(chosen_on).groupby(["layer", "feature"]):
-        factor, none = best_factor(part.factor.tolist(), part.success.tolist(), part.perplexity.tolist())
-        found = report.loc[(layer, feature, factor)]
-        rows.append([layer, feature, factor, found.success, found.perplexity, none])
-    return pd.DataFrame(rows, columns=["layer", "feature", "factor", "success", "perplexity", "no_success"])
+def over_all(table: Float[np.ndarray, "n 3"], threshold: float) -> float:
+    """Return mean value of the features with score >= threshold minus that of all; columns score, value, layer. NaN where none passes."""
+    kept = table[:, 0] >= threshold
+    return float(table[kept, 1].mean() - table[:, 1].mean()) if kept.any() else float("nan")
+
+
+def over_peers(table: Float[np.ndarray, "n 3"], threshold: float) -> float:
+    """Return the same against peers: the mean over kept features of value minus the mean value of all features of the same layer.
+
+    A filter on the output score keeps late layers above all; this is what it does beside that.
+
+    >>> over_peers(np.array([[0.9, 2.0, 5], [0.0, 1.0, 5], [0.0, 0.0, 1]]), 0.5)
+    0.5
+    """
+    layer, kept = table[:, 2].astype(np.int64), table[:, 0] >= threshold
+    peers = np.bincount(layer, table[:, 1]) / np.maximum(np.bincount(layer), 1)
+    return round(float((table[kept, 1] - peers[layer[kept]]).mean()), 12) if kept.any() else float("nan")  # a zero is one
 
 
 def filtered(
-    score: Float[np.ndarray, " n"],
-    value: Float[np.ndarray, " n"],
-    thresholds: Sequence[float] = THRESHOLDS,
-    *,
-    draws: int = 1000,
-    seed: int = 0,
+    table: Float[np.ndarray, "n 3"], thresholds: Sequence[float] = THRESHOLDS, *, draws: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Return, by threshold: how many features pass, their mean value with its interval, and that of random subsets as large.
+    """Return, by threshold, how many features pass, and their mean value with its interval; columns of the table: score, value, layer.
 
-    low, high: bootstrap of the survivors. random_low, random_high: 95 % of the means of random subsets of the same size.
+    low, high: bootstrap of the survivors. random_low, random_high: 95 % of the means of random subsets of the same size. all, peers:
+    what the survivors have over all features and over those of the same layers, with intervals that draw features.
     """
-    rng, rows = np.random.default_rng(seed), []
-    score, value = np.asarray(score, dtype=float), np.asarray(value, dtype=float)
+    rng, rows, value = np.random.default_rng(seed), [], table[:, 1]
     for threshold in thresholds:
-        kept = value[score >= threshold]
+        kept = value[table[:, 0] >= threshold]
         if not len(kept):
             continue
         low, high = np.quantile(rng.choice(kept, (draws, len(kept))).mean(1), [0.025, 0.975])
         subsets = [rng.choice(value, len(kept), replace=False).mean() for _ in range(draws)]
-        rows.append([threshold, len(kept), len(kept) / len(value), kept.mean(), low, high, *np.quantile(subsets, [0.025, 0.5, 0.975])])
+        row = [threshold, len(kept), len(kept) / len(value), kept.mean(), low, high, *np.quantile(subsets, [0.025, 0.5, 0.975])]
+        for gain in (over_all, over_peers):
+            found = bootstrap(table, lambda drawn, gain=gain, cut=threshold: gain(drawn, cut), n_boot=draws, seed=seed)
+            row += [found.value, found.low, found.high]
+        rows.append(row)
     names = ["threshold", "n", "coverage", "value", "low", "high", "random_low", "random", "random_high"]
-    return pd.DataFrame(rows, columns=names)
+    return pd.DataFrame(rows, columns=[*names, *(f"{name}{end}" for name in ("all", "peers") for end in ("", "_low", "_high"))])
 
 
 def cooccurrence(rows: Iterable[Sequence[int]], pairs: Sequence[tuple[int, int]], vocab: int) -> tuple[int, Int[np.ndarray, "pairs 3"]]:
@@ -163,12 +235,16 @@ def cooccurrence(rows: Iterable[Sequence[int]], pairs: Sequence[tuple[int, int]]
     return len(ends) - 1, np.array(counts, dtype=np.int64).reshape(-1, 3)
 
 
-def pmi(n_rows: int, n_a, n_b, n_both) -> Float[np.ndarray, "*n"]:
-    """Return log2 P(a, b) / (P(a) P(b)) over rows of text, NaN where the two never meet.
+def pmi(n_rows, n_a, n_b, n_both, *, half: float = 0.5) -> Float[np.ndarray, "*n"]:
+    """Return log2 P(a, b) / (P(a) P(b)) over rows of text, with half a row added to what was counted and to what chance expects.
 
-    >>> pmi(100, np.array([10.0]), np.array([10.0]), np.array([4.0])).tolist()
+    So a pair that never meets has a number: 0 where chance expects no meeting either, negative where it does. half=0: the plain
+    ratio, NaN where the two never meet.
+
+    >>> pmi(100, np.array([10.0]), np.array([10.0]), np.array([4.0]), half=0.0).tolist()
     [2.0]
     """
+    n_rows, n_a, n_b, n_both = (np.asarray(part, dtype=float) for part in (n_rows, n_a, n_b, n_both))
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.log2(np.asarray(n_both, dtype=float) * n_rows / (np.asarray(n_a, dtype=float) * n_b))
-    return np.where(np.asarray(n_both) > 0, found, np.nan)
+        found = np.log2((n_both + half) / (n_a * n_b / n_rows + half))
+    return np.where(n_both + half > 0, found, np.nan)

@@ -1,4 +1,4 @@
-"""Generation success, best factors, filters, co-occurrence, and the AxBench-style score, on cases whose answer is known."""
+"""Generation success, best factors, filters, co-occurrence, on cases whose answer is known."""
 
 from dataclasses import replace
 
@@ -8,28 +8,34 @@ import pytest
 import tiny
 import torch
 
-from steerkit.engine.generate import Arm
-from steerkit.engine.steer import Add
-from steerkit.judges import Panel
-from steerkit.judges.related import related_judge
 from steerkit.methods.output_scores import success as S
-from steerkit.scores import axbench as X
 from steerkit.store import Work
 
 
 def test_hits_count_occurrences():
-    texts = ([5, 7, 5, 9], [1, 2, 3])
-    assert np.mean([S.hits(t, [5, 9], k=1) for t in texts]) == 1.0
-    assert np.mean([S.hits(t, [5, 9], k=20) for t in texts]) == 1.5
+    texts = [S.ranks(t, [5, 9]) for t in ([5, 7, 5, 9], [1, 2, 3])]
+    assert texts == [[0, 0, 1], []]
+    assert np.mean(S.hits(texts, k=1)) == 1.0 and np.mean(S.hits(texts)) == 1.5
+
+
+def toy(success, factors=(0.2, 0.4, 0.8, 1.2, 2.0), perplexity=(10, 11, 20, 30, 60)):
+    return pd.DataFrame({"layer": 3, "feature": 7, "factor": factors, "success": success, "perplexity": perplexity})
+
+
+def best(*table, **how):
+    found = S.at_best(toy(*table), toy(*table), **how).iloc[0]
+    return found.factor, found.found
 
 
 def test_the_best_factor_of_the_toy_table():
-    factors, perplexity = [0.2, 0.4, 0.8, 1.2, 2.0], [10, 11, 20, 30, 60]
-    assert S.best_factor(factors, [0, 0.5, 2, 3.5, 2.9], perplexity) == (0.8, False)
-    assert S.best_factor(factors, [0] * 5, perplexity) == (0.2, True)
-    assert S.best_factor([2, 0.2], [4, 0], [1, 1]) == (0.2, True)  # success above the cap does not count
-    scaled = [S.best_factor(factors, [0, 0.5, 2, 3.5, 2.9], [c * p for p in perplexity]) for c in (0.1, 7)]
-    assert scaled == [(0.8, False)] * 2  # dividing by a maximum, as the paper does, changes nothing
+    planted = [0, 0.5, 2, 3.5, 2.9]
+    assert best(planted) == (0.8, "yes") and best([0] * 5) == (0.2, "none")
+    assert best([4, 0], [2, 0.2], [1, 1]) == (0.2, "above the cap")  # it does write its tokens: more than the cap allows
+    assert best([4, 5], [2, 0.2], [1, 1]) == (0.2, "above the cap")
+    scaled = [S.at_best(toy(planted, perplexity=[c * p for p in (10, 11, 20, 30, 60)]), toy(planted)).factor[0] for c in (0.1, 7)]
+    assert scaled == [0.8] * 2  # dividing by a maximum, as the paper does, changes nothing
+    assert best(planted, rule="success") == (1.2, "yes")  # another rule has no cap
+    assert best([9, 1], [0, 0.2], [1, 1]) == (0.2, "yes")  # factor 0 is no steering
 
 
 @pytest.fixture
@@ -47,14 +53,16 @@ def planted():
 def test_sweep_counts_the_planted_letter_and_stops_after_a_full_stop(planted, tmp_path):
     lab, letters = planted
     lens = {2: torch.tensor([[t, 3] for t in letters])}
-    call = {"prompts": ["So", "Well"], "factors": [0.0, 200.0], "sampling": replace(S.SAMPLING, max_new_tokens=6)}
+    call = {"prompts": ["So", "Well"], "factors": [0.0, 1.0, 200.0], "sampling": replace(S.SAMPLING, max_new_tokens=6)}
     call["work"] = Work(5, tmp_path, progress=False)
     texts = S.sweep(lab, {2: [0, 1, 2]}, lens, **call)
-    assert len(texts) == 3 * 2 * 2 and set(texts.columns) >= {"at1", "at5", "at20", "loss", "tokens"}
-    pushed = texts[texts.factor == 200].groupby("feature").at20.mean()
-    assert pushed[0] == pushed[1] == 6.0  # every token is the letter
-    assert pushed[2] == 1.0  # the full stop ends the text and counts once
-    for row in texts[texts.factor == 200].to_dict("records"):  # letters: text and tokens are one to one
+    assert len(texts) == 3 * 3 * 2 and list(texts) == ["layer", "feature", "factor", "prompt", "text", "share", "ranks", "loss", "tokens"]
+    low, high = (texts[texts.factor == f].sort_values(["feature", "prompt"]) for f in (1, 200))
+    assert high.ranks.tolist() == [[0] * 6] * 4 + [[0]] * 2  # every token is the letter; the full stop ends the text and counts once
+    assert (high.share / low.share.to_numpy()).between(50, 800).all()  # what is added grows with the factor
+    plain = texts[texts.factor == 0]
+    assert (plain.share == 0).all() and plain.groupby("prompt").text.nunique().tolist() == [1, 1]  # written once, counted for each
+    for row in high.to_dict("records"):  # letters: text and tokens are one to one
         ids = lab.tokenizer(row["prompt"] + row["text"], add_special_tokens=False)["input_ids"]
         assert row["tokens"] == len(ids)
         with torch.inference_mode():
@@ -63,6 +71,30 @@ def test_sweep_counts_the_planted_letter_and_stops_after_a_full_stop(planted, tm
     files = {p: p.read_bytes() for p in tmp_path.iterdir()}
     pd.testing.assert_frame_equal(texts, S.sweep(lab, {2: [0, 1, 2]}, lens, **call))
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == files  # nothing ran twice
+
+
+def test_the_loss_of_a_text_alone_leaves_out_its_prompt(planted):
+    lab, letters = planted
+    ids = lab.tokenizer("Why?", add_special_tokens=False)["input_ids"]
+    texts = pd.DataFrame({"prompt": "Why?", "text": "ab", "tokens": [letters[:2]], "layer": 2, "feature": 0})
+    both, alone = (S.counted(lab, texts, {(2, 0): letters}, {"Why?": ids}, alone=a, work=Work(progress=False)) for a in (False, True))
+    with torch.inference_mode():
+        logits = lab.hf(input_ids=torch.tensor([[lab.tokenizer.bos_token_id, *ids, *letters[:2]]])).logits[0].double().log_softmax(-1)
+    nats = [-float(logits[i, t]) for i, t in enumerate([*ids, *letters[:2]])]
+    assert (both.tokens[0], alone.tokens[0]) == (6, 2) and alone.ranks[0] == [0, 1]
+    assert both.loss[0] == pytest.approx(sum(nats), rel=1e-4) and alone.loss[0] == pytest.approx(sum(nats[-2:]), rel=1e-4)
+
+
+def test_openings_come_from_the_released_script_or_from_a_table(tmp_path):
+    script = tmp_path / "steer.py"
+    script.write_text('def main():\n    prefixes = ["I think that", "It\u2019s odd",\n  "So"]\n    other = [1]\n', encoding="utf-8")
+    assert S.openings(script) == ["I think that", "It\u2019s odd", "So"]
+    table = tmp_path / "openings.jsonl"
+    table.write_text('{"text": "So"}\n{"text": "Well"}\n')
+    assert S.openings(table) == ["So", "Well"]
+    script.write_text("x = 1\n")
+    with pytest.raises(ValueError, match="expected a list of texts named `prefixes`"):
+        S.openings(script)
 
 
 def test_period_tokens_are_those_that_show_one():
@@ -80,27 +112,46 @@ def test_a_sweep_finds_its_rows_again_whatever_order_the_vocabulary_is_listed_in
 
 
 def test_best_factors_are_chosen_on_one_table_and_reported_on_another():
-    def table(values):
-        rows = [(13, f, s, v, 10.0, 5) for (f, s), vs in values.items() for v in vs]
-        return pd.DataFrame(rows, columns=["layer", "feature", "factor", "at20", "loss", "tokens"])
+    def table(values, coherence):
+        rows = [(13, f, s, [0] * v, 10.0, 5, coherence[f, s]) for (f, s), vs in values.items() for v in vs]
+        return S.by_factor(pd.DataFrame(rows, columns=["layer", "feature", "factor", "ranks", "loss", "tokens", "coherence"]))
 
-    chosen_on = table({(1, 0.5): [1, 1], (1, 2.0): [2, 2], (2, 0.5): [0, 0], (2, 2.0): [0, 0]})
-    reported = table({(1, 0.5): [9, 9], (1, 2.0): [0.5, 1.5], (2, 0.5): [0.25, 0.25], (2, 2.0): [7, 7]})
+    fine = {(1, 0.5): 0.9, (1, 2.0): 0.4, (2, 0.5): 0.5, (2, 2.0): 1.0}
+    chosen_on = table({(1, 0.5): [1, 1], (1, 2.0): [2, 2], (2, 0.5): [0, 0], (2, 2.0): [0, 0]}, fine)
+    reported = table({(1, 0.5): [9, 7], (1, 2.0): [0, 2], (2, 0.5): [1, 0], (2, 2.0): [7, 7]}, fine)
     found = S.at_best(chosen_on, reported).set_index("feature")
-    assert found.factor.to_dict() == {1: 2.0, 2: 0.5} and found.success.to_dict() == {1: 1.0, 2: 0.25}
-    assert found.no_success.to_dict() == {1: False, 2: True}
-    assert found.perplexity[1] == pytest.approx(np.exp(2.0))
+    assert found.factor.to_dict() == {1: 2.0, 2: 0.5} and found.success.to_dict() == {1: 1.0, 2: 0.5}
+    assert found.found.to_dict() == {1: "yes", 2: "none"} and found.perplexity[1] == pytest.approx(np.exp(2.0))
+    assert found.coherent.to_dict() == {1: 0.0, 2: 0.5}  # a text below one half is broken: what it holds does not count
+    kept = S.at_best(chosen_on, reported, rule="coherent").set_index("feature")
+    assert kept.factor[1] == 0.5 and kept.coherent[1] == kept.success[1] == 8.0 and kept.fluent[1] == 1.0
 
 
 def test_filter_keeps_the_planted_good_features_and_random_subsets_stay_at_the_mean():
     rng = np.random.default_rng(0)
-    score = rng.uniform(size=400)
+    score, layer = rng.uniform(size=400), rng.integers(0, 3, 400)
     value = (score > 0.5) + rng.normal(0, 0.1, 400)
-    found = S.filtered(score, value, [0.0, 0.5, 0.9, 2.0]).set_index("threshold")
+    found = S.filtered(np.c_[score, value, layer], [0.0, 0.5, 0.9, 2.0], draws=300).set_index("threshold")
     assert found.index.tolist() == [0.0, 0.5, 0.9]  # nothing passes 2
     assert found.n.tolist() == [(score >= t).sum() for t in (0, 0.5, 0.9)]
     assert found.value[0.0] == pytest.approx(value.mean()) and found.value[0.5] == pytest.approx(1, abs=0.05)
     assert found.random_low[0.9] < value.mean() < found.random_high[0.9] < found.low[0.9]
+    assert found["all"][0.5] == pytest.approx(value[score >= 0.5].mean() - value.mean())
+    assert found["all"][0.0] == 0 < 0.4 < found.all_low[0.5]
+    assert found.peers_low[0.5] > 0.4  # the filter picks within layers, too
+
+
+def test_a_filter_that_only_picks_a_layer_gains_nothing_over_peers():
+    """Planted: value and score depend on the layer alone, so kept features are as good as those beside them that were not kept."""
+    rng = np.random.default_rng(1)
+    layer = np.repeat([1, 5, 9], 200)
+    score, value = layer / 10 * rng.uniform(0.3, 1, 600), layer + rng.normal(0, 1, 600)
+    table = np.c_[score, value, layer]
+    by_hand = np.mean([v - value[layer == one].mean() for s, v, one in table if s >= 0.5])
+    assert S.over_peers(table, 0.5) == pytest.approx(by_hand) and S.over_all(table, 0.5) > 2
+    found = S.filtered(table, [0.5], draws=300).iloc[0]
+    assert found.all_low > 2 and found.peers_low < 0 < found.peers_high
+    assert np.isnan(S.over_peers(table, 2.0)) and np.isnan(S.over_all(table, 2.0))
 
 
 def test_cooccurrence_and_pmi_equal_counting():
@@ -112,78 +163,11 @@ def test_cooccurrence_and_pmi_equal_counting():
     assert n == 200
     assert counts.tolist() == [[sum(a in s for s in sets), sum(b in s for s in sets), sum({a, b} <= s for s in sets)] for a, b in pairs]
     a, b, both = counts[0]
-    assert S.pmi(n, a, b, both) == pytest.approx(np.log2((both / n) / ((a / n) * (b / n))))
-    assert np.isnan(S.pmi(10, 3, 3, 0))
+    assert S.pmi(n, a, b, both, half=0) == pytest.approx(np.log2((both / n) / ((a / n) * (b / n))))
+    assert np.isnan(S.pmi(10, 3, 3, 0, half=0))
 
 
-def test_aggregations_of_the_toy_ratings():
-    scores = np.stack([[2, 0, 2, 0, 2], [2] * 5, [2, 2, 0, 2, 0]], 1).astype(float)
-    assert X.overall(scores, how="means") == pytest.approx(1.385, abs=5e-4) and X.overall(scores, how="texts") == pytest.approx(0.4)
-    every = np.array(np.meshgrid([0, 1, 2], [0, 1, 2], [0, 1, 2])).reshape(3, -1).T.astype(float)
-    assert set(np.round(X.harmonic(every), 6)) == {0, 1, 1.2, 1.5, 2}
-    rng = np.random.default_rng(0)
-    for _ in range(50):  # the harmonic mean is concave: of means is never smaller
-        some = rng.uniform(0, 2, size=(7, 3))
-        assert X.overall(some, how="means") >= X.overall(some, how="texts") - 1e-12
-    with pytest.raises(ValueError, match="texts"):
-        X.overall(scores, how="sum")
-
-
-def test_related_knows_the_instruction_that_a_text_answers():
-    asked = ["How do I boil an egg?", "Which tyres suit a racing bike?", "Name a warm country for a holiday."]
-    judge = related_judge(asked)
-    answer = ["Put the egg into boiling water for six minutes."]
-    assert judge(answer, asked[:1])[0] == 1.0 and judge(answer, asked[1:2])[0] < 1.0
-    assert judge([" "], asked[:1])[0] == 0.0
-    with pytest.raises(ValueError, match="instruction"):
-        judge(answer, ["Another one"])
-    with pytest.raises(ValueError, match="two different"):
-        related_judge(asked[:1] * 2)
-
-
-def share(topic):
-    return lambda texts, prompts=None: np.array([t.count(topic) / max(len(t), 1) for t in texts])
-
-
-def fine(texts, prompts=None):
-    return np.ones(len(texts))
-
-
-PLANTED = Panel("planted", share, fine, fine)
-
-
-def test_the_factor_is_chosen_on_other_instructions_than_it_is_reported_on():
-    """Planted: a push writes the topic's letter; only the large factor does so on both halves."""
-    lab = tiny.lab()
-    row = lab.hf.get_output_embeddings().weight.detach()[lab.tokenizer("a", add_special_tokens=False)["input_ids"][0]]
-    pushes = [Arm("x", Add(2, row, s), s, {"topic": "a", "method": "row", "layer": 2}) for s in (0.0, 900.0)]
-    asked, call = ["One?", "Two?", "Three?", "Four?"], {"sampling": replace(X.SAMPLING, max_new_tokens=4), "work": Work(progress=False)}
-    call["judges"] = PLANTED
-    pushed = X.steer(lab, pushes, asked, **call)
-    plain = X.steer(lab, [Arm("y", labels={"topic": "a", "method": "prompting", "layer": -1})], asked, prefix={"a": "Say a. "}, **call)
-    texts = pd.concat([pushed, plain], ignore_index=True)
-    assert list(texts) == ["factor", "instruction", "text", "concept", "instruct", "fluency", "topic", "method", "layer"]
-    assert len(texts) == 4 * 3 and set(texts.instruction) == set(asked)  # judged on the plain instruction
-    found = X.held_out(texts).set_index(["topic", "method", "layer"])
-    assert found.factor["a", "row", 2] == 900.0 and found.score["a", "row", 2] == pytest.approx(2.0) and found.n["a", "row", 2] == 2
-    spoiled = texts.copy()  # what happens on the reported half cannot change the choice
-    spoiled.loc[spoiled.instruction.isin(["Two?", "Four?"]) & (spoiled.factor == 900.0), "concept"] = 0.0
-    again = X.held_out(spoiled).set_index("method")
-    assert again.factor["row"] == 900.0 and again.score["row"] == 0.0
-
-
-def test_what_is_put_before_the_instruction_is_read_by_the_model_alone():
-    lab, read = tiny.lab(), []
-    lab.hf.base_model.register_forward_pre_hook(lambda _m, _a, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
-    arms = [Arm("ask", labels={"topic": topic}) for topic in ("love", "anger")]
-    call = {"sampling": replace(X.SAMPLING, max_new_tokens=1), "work": Work(progress=False), "judges": PLANTED}
-    found = X.steer(lab, arms, ["Why?", "Who?"], prefix={"love": "Say love. "}, **call)
-    asked = {lab.tokenizer.decode(row[row != 0]) for ids in read if ids.shape[1] > 1 for row in ids}
-    assert sum("Say love. Wh" in text for text in asked) == sum("Say" not in text for text in asked) == 2
-    assert found.topic.tolist() == ["anger"] * 2 + ["love"] * 2 and set(found.instruction) == {"Why?", "Who?"}
-
-
-def test_an_arm_without_a_topic_is_refused():
-    for arms in ([], [Arm("x", labels={"method": "m"})]):
-        with pytest.raises(ValueError, match="each with a label `topic`"):
-            X.steer(tiny.lab(), arms, ["Why?", "Who?"])
+def test_pairs_that_never_meet_count_by_how_often_they_should_have():
+    """100 rows: tokens of 50 rows each that never meet speak against each other; tokens of 2 rows each say nothing."""
+    often, rare, together = S.pmi(100, [50, 2, 50], [50, 2, 50], [0, 0, 25])
+    assert often == pytest.approx(np.log2(0.5 / 25.5)) and together == pytest.approx(0) and -0.12 < rare < 0
