@@ -169,7 +169,8 @@ def two_level(total, size, *, runs: Sequence | np.ndarray, groups: Sequence | np
 
     total, size = clean(total, "total"), clean(size, "size")
     if not len(total) == len(size) == len(runs) == len(groups) or (size <= 0).any():
-        raise ValueError(f"expected a sum, a positive size, a run and a group for each cell, got {[len(x) for x in (total, size, runs, groups)]}")
+        got = [len(x) for x in (total, size, runs, groups)]
+        raise ValueError(f"expected a sum, a positive size, a run and a group for each cell, got {got}")
     run, group = (np.unique(np.asarray(labels), return_inverse=True)[1] for labels in (runs, groups))
     shape, rng = (int(run.max()) + 1, int(group.max()) + 1), np.random.default_rng(seed)
     sums, counts = np.zeros(shape), np.zeros(shape)

@@ -1,4 +1,4 @@
-"""How likely the model finds given continuations of a prompt: options are scored, not written, so that the form of an answer plays no part."""
+"""How likely the model finds given continuations of a prompt: options are scored, not written, so that form plays no part."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from steerkit.engine.decode import forward, groups, select_rows
 from steerkit.engine.generate import BASELINE, Arm, batch_sensitive, stack
@@ -74,7 +74,7 @@ def option_logliks(
     asked = [prompt_ids(lab.tokenizer, prompt, chat=chat) for prompt in prompts]
     told = [[bare_ids(lab.tokenizer, option) for option in strings("options", some)] for some in options]
     if not prompts or len(told) != len(prompts) or not all(told) or not all(o for some in told for o in some):
-        raise ValueError(f"expected options of at least one token for each of {len(prompts)} prompts, got {len(told)}: leave empty ones out")
+        raise ValueError(f"expected options of at least one token for each of {len(prompts)} prompts, got {len(told)}: leave others out")
     check_edits(model, [edit for arm in arms for edit in arm.edits])
     plan = [(p, a) for p in range(len(prompts)) for a in range(len(arms))]
     order = sorted(range(len(plan)), key=lambda r: (len(asked[plan[r][0]]), r))  # prompts of like length share a batch

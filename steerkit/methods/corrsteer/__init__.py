@@ -3,12 +3,14 @@
 from steerkit.lazy import lazily
 
 MODULES = {
+    "answers": "steerkit.methods.corrsteer.answers",
     "correlation": "steerkit.methods.corrsteer.correlation",
     "trial": "steerkit.methods.corrsteer.trial",
     "lora": "steerkit.methods.corrsteer.lora",
     "nulls": "steerkit.methods.corrsteer.nulls",
     "pooled": "steerkit.methods.corrsteer.pooled",
     "pooling": "steerkit.methods.corrsteer.pooling",
+    "rivals": "steerkit.methods.corrsteer.rivals",
     "select": "steerkit.methods.corrsteer.select",
 }
 __getattr__, __dir__ = lazily(__name__, MODULES)

@@ -73,7 +73,7 @@ def pool_answers(
     """
     prompts, saes, size = strings("prompts", prompts), dict(lab.saes if saes is None else saes), work.rows(64)
     if not prompts or not saes or len(answers) != len(prompts):
-        raise ValueError(f"expected an answer for each prompt, and an SAE, got {len(prompts)} prompts, {len(answers)} answers, {len(saes)} SAEs")
+        raise ValueError(f"expected prompts, an answer for each, and SAEs, got {len(prompts)}, {len(answers)} and {len(saes)}")
     for layer in saes:
         lab.block(layer)
         block_of(layer, site)

@@ -1,27 +1,26 @@
-"""A CorrSteer trial on a planted model whose right feature is known; fine-tuning; constrained decoding."""
+"""A CorrSteer trial on a planted model whose right feature is known, in both forms of answers; rivals that learn from the same ones."""
 
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.stats
 import tiny
 import torch
 from scipy.sparse import csr_array
 
 from steerkit.engine.decode import Sampling, draw
-from steerkit.engine.generate import BASELINE, generate
+from steerkit.engine.generate import generate
 from steerkit.engine.tokens import prompt_ids
-from steerkit.methods.corrsteer import answers as tables
 from steerkit.methods.corrsteer import lora as finetune
-from steerkit.methods.corrsteer import select, trial
+from steerkit.methods.corrsteer import rivals, trial
 from steerkit.methods.corrsteer.lora import lora, target
 from steerkit.methods.corrsteer.pooled import Pooled
 from steerkit.questions import Question, Task
 from steerkit.store import Work
 
 QUIET = Work(progress=False)
+POST = trial.Plan(site="post")  # the last block's own output: "k" can be written there
 
 
 def lab_with_letters():
@@ -38,45 +37,71 @@ def task(n=12, new=3):
     return Task("toy", "contains", new, False, {"all": rows}), rows
 
 
+def options(n=12):
+    """Two options of one letter, of which "k" is right on every other question and "w" on the others."""
+    rows = tuple(Question("pairs", str(i), f"g:{i}", f"Question {i}:", "AB"[i % 2], ("k", "w"), kind="all") for i in range(n))
+    return Task("pairs", "options", 1, False, {"all": rows}, units=True), rows
+
+
 def planted_pooled(n=40, seed=0):
-    """Feature 0 fires exactly on successes, feature 5 on failures, feature 7 nearly at random."""
+    """Feature 0 fires exactly on successes, feature 5 on failures, feature 7 nearly at random; means are half the maxima."""
     rng = np.random.default_rng(seed)
     y = np.arange(n) % 3 == 0
     z = np.zeros((n, 128), dtype=np.float32)
     z[:, 0], z[:, 5], z[:, 7] = 200.0 * y, 3.0 * ~y, rng.random(n) + 0.3 * y
-    return Pooled([[1]] * n, np.ones(n, dtype=int), {2: {"max": csr_array(z), "mean": csr_array(z)}}), y.astype(float)
+    pooled = Pooled(np.ones(n, dtype=int), {2: {"max": csr_array(z), "mean": csr_array(z / 2)}}, {2: np.full(n, 50.0, dtype=np.float32)})
+    return pooled, pd.DataFrame({"correct": y.astype(int), "item": [str(i) for i in range(n)]})
 
 
 def test_the_planted_feature_is_picked_and_its_steering_makes_every_answer_right():
     lab = lab_with_letters()
     toy, rows = task(new=1)
-    pooled, y = planted_pooled()
-    picks = trial.methods(lab, toy, rows[:4], pooled, y, work=Work(batch_size=4))
-    for name in ("CorrSteer-A", "CorrSteer-S", "CorrSteer-P", "mutual information", "CAA score"):
-        assert [(p.layer, p.feature, p.coefficient) for p in picks[name]] == [(2, 0, pytest.approx(200.0))], name
-    assert picks["negative, all layers"][0].feature == 5 and picks["negative, all layers"][0].coefficient <= 0
-    assert picks["random features, same push"][0].feature != 0 and picks["random features, same push"][0].coefficient == pytest.approx(200)
-    answers = trial.ask(lab, toy, rows, trial.arms(picks, lab.saes), work=QUIET)
-    assert len(answers) == len(rows) * (1 + sum(bool(p) for p in picks.values()))
-    right = answers.groupby("arm").correct.mean()
+    plan = replace(POST, draws=3, scales=(0.5,), sizes=(9, 100))
+    choices = trial.methods(lab, toy, rows[:4], *planted_pooled(), plan, work=Work(batch_size=4, progress=False))
+    picks = {(c.study, c.method, c.draw, c.value): c.picks for c in choices}
+    coefficient = {"pools: mean, mean": 100, "pools: max, mean": 100}
+    for name in ("CorrSteer-A", "CorrSteer-S", "CorrSteer-P", "mutual information", "CAA score", "pools: mean, max", *coefficient):
+        (only,) = picks["main", name, 0, 1.0]
+        assert (only.layer, only.feature, only.coefficient) == (2, 0, pytest.approx(coefficient.get(name, 200))), name
+    (negative,) = picks["main", "negative, all layers", 0, 1.0]
+    assert negative.feature == 5 and negative.coefficient <= 0
+    drawn = [picks["main", "random features, same push", n, 1.0][0] for n in range(3)]
+    assert {p.feature for p in drawn} == {7} and np.allclose([p.coefficient for p in drawn], 200), "the only other with r > 0"
+    assert picks["scale", "CorrSteer-A", 0, 0.5][0].coefficient == pytest.approx(100)
+    assert [k for k in picks if k[0] == "size"] == [("size", "CorrSteer-A", 0, 9)], "no more answers than there are"
+    answers = trial.answer(lab, toy, rows, [trial.UNSTEERED, *choices], site="post", work=QUIET)
+    assert len(answers) == len(rows) * (1 + len(choices))
+    right = answers[answers.study == "main"].groupby("method").correct.mean()
     assert right["CorrSteer-A"] == 1.0 and right["baseline"] < 1.0 and right["random features, same push"] < 1.0
-    table = tables.compare(answers, n_boot=200)
-    assert table.loc["baseline", "gain"].value == 0 and table.loc["baseline", "changed"] == 0
-    assert table.loc["CorrSteer-A", "gain"].value == pytest.approx(1 - right["baseline"])
-    assert table.loc["CorrSteer-A", "worse"] == 0 and table.loc["CorrSteer-A", "SER"] == 0.0
-    assert table.loc["CorrSteer-A", "accuracy"].groups == 6  # questions of one group are drawn together
+
+
+def test_what_steers_alike_is_asked_once_and_what_picks_nothing_is_not_steered(monkeypatch):
+    lab, asked, real = lab_with_letters(), [], trial.generate
+    monkeypatch.setattr(trial, "generate", lambda lab_, prompts, arms, **how: asked.append(len(arms)) or real(lab_, prompts, arms, **how))
+    toy, rows = task(new=1)
+    choices = trial.methods(
+        lab, toy, rows[:4], *planted_pooled(), replace(POST, draws=2, rules=("CorrSteer-A", "CAA score", "Fisher ratio"))
+    )
+    answers = trial.answer(
+        lab, toy, rows, [*choices, trial.UNSTEERED, trial.Choice("idle", study="other", source="x")], site="post", work=QUIET
+    )
+    assert asked == [len({tuple((p.feature, p.coefficient) for p in c.picks) for c in choices} | {()})] and asked[0] < len(choices)
+    texts = answers.groupby(["study", "method", "draw"]).text.agg(list)
+    assert texts["main", "CorrSteer-A", 0] == texts["main", "CAA score", 0] != texts["main", "baseline", 0] == texts["other", "idle", 0]
+    assert set(answers[answers.study == "other"].source) == {"x"}
 
 
 def test_one_outcome_only_picks_nothing_and_wrong_names_are_refused():
     lab = lab_with_letters()
     toy, rows = task()
-    pooled, _ = planted_pooled()
-    plan = trial.Plan(rules=("CorrSteer-A",), controls=("shuffled labels",))
-    found = trial.methods(lab, toy, rows, pooled, np.zeros(40), plan)
-    assert found == {"CorrSteer-A": [], "shuffled labels": []} and trial.arms(found, lab.saes) == [BASELINE]
-    for wrong in ({"rules": ("CorrSteer-Z",)}, {"controls": ("none",)}, {"site": "mid"}, {"pool": "sum"}):
-        with pytest.raises(ValueError, match=rf"{next(iter(wrong))}: expected some of .*, got (CorrSteer-Z|none|mid|sum)$"):
-            trial.Plan(**wrong)
+    pooled, selection = planted_pooled()
+    plan = trial.Plan(rules=("CorrSteer-A", "CorrSteer-P"), controls=("shuffled labels",), sizes=(5,))
+    found = trial.methods(lab, toy, rows, pooled, selection.assign(correct=0), plan)
+    assert [(c.method, c.picks) for c in found] == [(m, ()) for m in ("CorrSteer-A", "CorrSteer-P", "shuffled labels", "CorrSteer-A")]
+    wrong = {"rules": ("CorrSteer-Z",), "controls": ("none",), "site": "mid", "pool": "sum", "steer_pool": "sum"}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=rf"{name}: expected some of .*, got (CorrSteer-Z|none|mid|sum)$"):
+            trial.Plan(**{name: value})
 
 
 def test_the_selection_pass_equals_plain_generation():
@@ -88,6 +113,49 @@ def test_the_selection_pass_equals_plain_generation():
     assert len(pooled) == len(rows) and answers.kind.tolist() == [q.kind for q in rows]
 
 
+def test_pooled_positions_end_where_hugging_face_ends_the_answer():
+    """Two end tokens in the generation config, of which the tokenizer knows one: nothing past the answer is pooled."""
+    lab, toy = tiny.lab(), task(new=32)[0]
+    rows = [Question("toy", p, "g", p, "k") for p in ("I think", "a", "The longest of the prompts here", "So")]
+    first = trial.ask(lab, toy, rows, work=QUIET).tokens[0]
+    lab.hf.generation_config.eos_token_id = [2, first[3]]
+    _, pooled = trial.select_on(lab, toy, rows, work=QUIET)
+    for question, window in zip(rows, pooled.window):
+        ids = torch.tensor([prompt_ids(lab.tokenizer, question.prompt)])
+        new = lab.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
+        assert window == len([t for t in new.tolist() if t not in (0, 2, first[3])])
+    assert pooled.window[0] <= 3
+
+
+def test_options_are_answered_by_likelihood_whatever_the_model_would_write():
+    """Pushed to write "k", the model ranks "k" first: right on the questions whose option it is, wrong on the others."""
+    lab, (pairs, rows) = lab_with_letters(), options()
+    push = trial.Choice("push", (trial.Pick(2, 0, 300.0, 0.5, 0.5, 1, 1),))
+    found = trial.answer(lab, pairs, rows, [trial.UNSTEERED, push], site="post", work=QUIET)
+    steered, plain = (found[found.method == name].reset_index(drop=True) for name in ("push", "baseline"))
+    assert steered.correct.tolist() == [1, 0] * 6 and set(steered.text) == {"k"} and set(found.outcome) <= {"right", "wrong"}
+    assert set(steered.said) == {"k", "w"} and set(found.chance) == {0.5}
+    gap = np.where(np.arange(12) % 2 == 0, 1, -1) * (steered.margin - plain.margin)
+    assert (gap > 1).all(), "nats that k gains on w"
+
+
+def test_a_run_on_options_pools_over_the_option_that_the_model_chose():
+    lab, (pairs, _) = lab_with_letters(), options(40)
+    found = trial.run(lab, pairs, replace(POST, within=(0.0, 1.0), n_test=6, draws=1), work=QUIET)
+    assert set(found.pooled.window) == {2} and len(found.answers.question.unique()) == 6  # the space and the letter
+    first = found.asked[0]
+    chosen = found.selection.text[0]
+    ids = prompt_ids(lab.tokenizer, first.prompt)
+    whole = torch.tensor([ids + lab.tokenizer(f" {chosen}", add_special_tokens=False)["input_ids"]])
+    with torch.inference_mode():
+        hidden = []
+        handle = lab.block(2).register_forward_hook(lambda _m, _a, out: hidden.append(out[0] if isinstance(out, tuple) else out))
+        lab.hf(input_ids=whole)
+        handle.remove()
+        z = lab.saes[2].encode(hidden[0][0, len(ids) - 1 : len(ids) + 1]).amax(0)
+    np.testing.assert_allclose(found.pooled.z(2)[[0]].toarray().ravel(), z.numpy(), atol=2e-4)
+
+
 def test_a_run_keeps_parts_apart_leaves_out_kinds_and_resumes(tmp_path):
     lab = lab_with_letters()
     plain = trial.ask(lab, task(60, new=1)[0], task(60, new=1)[1], work=QUIET).text
@@ -95,105 +163,56 @@ def test_a_run_keeps_parts_apart_leaves_out_kinds_and_resumes(tmp_path):
     kind = ["known" if i % 2 == 0 else "never" for i in range(60)]  # known: the model's own letter is right every other time
     rows = tuple(Question("toy", str(i), f"g:{i}", f"Question {i}?", gold[i], kind=kind[i]) for i in range(60))
     toy = Task("toy", "contains", 1, False, {"all": rows}, units=True)
-    plan, work = trial.Plan(seed=3, n_test=10, within=(0.05, 0.95)), Work(8, tmp_path, progress=False)
+    plan, work = trial.Plan(seed=3, n_test=10, within=(0.05, 0.95), draws=2, scales=(2.0,), sizes=(6,)), Work(8, tmp_path, progress=False)
     found = trial.run(lab, toy, plan, work=work)
     assert found.kinds == ("known",) and {q.kind for q in found.test} == {"known"}
     assert not {q.group for q in found.test} & set(found.selection.group)
     assert len(found.pooled) == len(found.selection) == len(found.y) and set(found.answers.seed) == {3}
+    assert not found.enough and replace(found, plan=replace(plan, least=2)).enough
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     again = trial.run(lab, toy, plan, work=work)
     pd.testing.assert_frame_equal(found.answers, again.answers)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     calm = trial.run(lab, toy, replace(plan, min_fired=10**6), work=QUIET)  # nothing fires so often
-    assert not any(calm.picks.values()) and set(calm.answers.arm) == {"baseline", *calm.picks}
-    assert {g.value for g in tables.compare(calm.answers, n_boot=100).gain} == {0.0}
+    idle = {name for name, picks in calm.picks.items() if not picks}
+    assert idle == set(calm.picks) - {"features that fire on ten answers"}
+    texts = calm.answers[calm.answers.method.isin(idle)].groupby("question").text.nunique()
+    assert (texts == 1).all(), "what picks nothing answers as without steering"
 
 
-def test_shipped_names_of_arms_read_as_the_labels_that_live_rows_have():
-    """A method, the same at other scales, and features of another task: labels against what is told from the name alone."""
-    lab = lab_with_letters()
-    toy, rows = task(2, new=1)
-    pick = select.Pick(2, 0, 1.0, 0.5, 0.5, 1, 1)
-    arm = lambda name, scale=1.0, **labels: select.arm(name, [pick], lab.saes, scale=scale, **labels)  # noqa: E731
-    moved = {"method": "CorrSteer-A", "source": "bbq_ambig"}
-    arms = [BASELINE, arm("CorrSteer-A"), arm("CAA score, own coefficients"), arm("CorrSteer-A, other site")]
-    arms += [arm("CorrSteer-A x 0.5", 0.5, method="CorrSteer-A", sweep=True), arm("features of bbq_ambig", **moved)]
-    arms += [arm(f"features of bbq_ambig x {x:g}", x, **moved, sweep=True) for x in (1.0, 2.0)]
-    live = trial.ask(lab, toy, rows, arms, work=QUIET).assign(task="toy")
-    told = tables.labelled(live[["task", "arm"]])
-    labels = ["method", "source", "scale", "sweep"]
-    pd.testing.assert_frame_equal(told[labels], live[labels], check_dtype=False)
-    assert told.iloc[7].tolist() == ["toy", "features of bbq_ambig x 2", "CorrSteer-A", "bbq_ambig", 2.0, True]
-    free = tables.labelled(pd.DataFrame({"task": ["mmlu"], "arm": ["constrained, no steering"]})).iloc[0]
-    assert (free.method, free.source, free.scale) == ("constrained, no steering", "mmlu", 0.0)
-
-
-def test_the_best_feature_of_a_layer_has_a_floor_over_the_run_and_one_within_kinds():
-    """Feature 0 knows the answer; feature 3 only knows the kind, and is the best once feature 0 is gone."""
-    toy, rows = task(40)
-    y = np.random.default_rng(0).random(40) < np.where(np.arange(40) % 2 == 0, 0.9, 0.1)
-    selection = pd.DataFrame({"correct": y.astype(int), "kind": [q.kind for q in rows]})
-
-    def best(columns):
-        z = np.zeros((40, 6), dtype=np.float32)
-        for i, values in columns.items():
-            z[:, i] = values
-        pooled = Pooled([[1]] * 40, np.ones(40, dtype=int), {2: {"max": csr_array(z), "mean": csr_array(z)}})
-        plan = trial.Plan(seed=5)
-        return trial.best_picks(trial.Trial(toy, plan, ("even", "odd"), rows, selection, pooled, {}, (), pd.DataFrame()))
-
-    kind = (np.arange(40) % 2 == 0) * 2.0
-    knows, only_kind = best({0: 3.0 * y, 3: kind}).iloc[0], best({3: kind}).iloc[0]
-    assert (knows.feature, knows.r, knows.fired_neg) == (0, pytest.approx(1.0), 0) and knows.r > knows.floor_kinds > knows.floor
-    assert only_kind.feature == 3 and only_kind.floor < only_kind.r == pytest.approx(only_kind.floor_kinds)
-    assert only_kind.r == pytest.approx(np.corrcoef(kind, y)[0, 1]) and (only_kind.seed, only_kind.n, only_kind.layer) == (5, 40, 2)
-    selection["correct"] = 1
-    assert best({3: kind}).empty, "one outcome only: nothing correlates"
+def test_the_configuration_is_the_released_one_unless_said_otherwise():
+    plan = trial.Plan()
+    assert (plan.site, plan.pool, plan.steer_pool, plan.min_fired) == ("pre", "max", "max", 0)
+    lab, (toy, rows) = lab_with_letters(), task(60)
+    first, pooled = trial.select_on(lab, toy, rows, work=QUIET)
+    _, below = trial.select_on(lab, toy, rows, saes={1: lab.saes[2]}, site="post", work=QUIET)
+    assert (pooled.z(2) != below.z(1)).nnz == 0, "SAE L reads what enters block L"
+    assert first.tokens.tolist() == trial.ask(lab, toy, rows, work=QUIET).tokens.tolist()
 
 
 def test_rivals_learn_from_the_same_questions_answer_the_same_test_and_resume(tmp_path, monkeypatch):
     lab = lab_with_letters()
     rows = tuple(Question("toy", str(i), f"g:{i}", f"Question {i}?", "k" if i % 2 else "zzz") for i in range(60))
     toy = Task("toy", "contains", 1, False, {"all": rows}, units=True)
-    found = trial.run(lab, toy, trial.Plan(n_test=6, within=(0.0, 1.0)), work=QUIET)
+    found = trial.run(lab, toy, trial.Plan(n_test=6, draws=1), work=QUIET)
     assert {q.id for q in found.asked} & {q.id for q in found.test} == set() and len(found.asked) == len(found.selection)
-    answers = trial.rivals(lab, found, work=Work(out=tmp_path))
+    answers = rivals.rivals(lab, found, work=Work(out=tmp_path, progress=False))
     monkeypatch.setattr("peft.get_peft_model", lambda *_a, **_k: pytest.fail("learned twice"))
-    pd.testing.assert_frame_equal(trial.rivals(lab, found, work=Work(out=tmp_path)), answers)
-    assert set(answers.arm) <= {"residual coordinates", "LoRA, same questions"} and "LoRA, same questions" in set(answers.arm)
-    assert (answers.method == answers.arm).all() and set(answers.source) == {"toy"} and set(answers.scale) == {1.0}
-    assert set(answers.question) == set(range(6)) and set(answers.task) == {"toy"} and not hasattr(lab.hf, "peft_config")
+    pd.testing.assert_frame_equal(rivals.rivals(lab, found, work=Work(out=tmp_path, progress=False)), answers, check_dtype=False)
+    assert set(answers.method) == {"residual coordinates", "CorrSteer-A, post", "LoRA, same questions"}
+    assert set(answers.study) == {"main"} and answers.groupby("method").question.agg(set).eq(set(range(6))).all()
+    assert set(answers.task) == {"toy"} and not hasattr(lab.hf, "peft_config")
+    alone = rivals.rivals(lab, found, epochs=0.0, work=Work(out=tmp_path, progress=False))
+    assert set(alone.method) == {"residual coordinates", "CorrSteer-A, post"}
 
 
-def test_bias_of_answers_by_arm_and_context():
-    meta = {"category": "Age", "polarity": "neg", "target": "A", "unknown": "C"}
-    test = [Question("bbq_ambig", str(i), "Age-1", "?", "C", tuple("xyz"), kind="ambig", meta=meta) for i in range(4)]
-    answers = pd.DataFrame(
-        [("calm", q, t) for q, t in enumerate([" A", "B", "C", " A."])] + [("pushed", q, "A") for q in range(4)],
-        columns=["arm", "question", "text"],
-    )
-    found = tables.bias(answers, test).set_index("arm")
-    # calm: A, B, C and no letter: of two that name someone one is the target, so 2/2 - 1 = 0; pushed: (1 - 0) x 1
-    assert found.bias["calm"] == 0.0 and found.bias["pushed"] == 1.0 and found.named.to_dict() == {"calm": 2, "pushed": 4}
-    assert found.accuracy["calm"] == pytest.approx(1 / 3) and set(found.context) == {"ambig"}
-
-
-def test_compare_counts_changes_and_its_unit_is_the_selection():
-    def run(seed, base, other):
-        arms = [(arm, i, v) for arm, values in (("baseline", base), ("x", other)) for i, v in enumerate(values)]
-        frame = pd.DataFrame(arms, columns=["arm", "question", "correct"]).assign(seed=seed, group=["a", "a", "b", "b"] * 2)
-        return frame.assign(text=frame.correct.astype(str), outcome=np.where(frame.correct, "right", "wrong"))
-
-    both = pd.concat([run(0, [1, 0, 0, 1], [1, 1, 0, 0]), run(1, [0, 0, 1, 1], [1, 1, 1, 1]), run(2, [0, 0, 0, 1], [1, 0, 0, 1])])
-    found = tables.compare(both).loc["x"]
-    assert (found.worse, found.better, found.changed, found.questions) == (1, 4, 5, 12) and found.SER == 0.2
-    gains = [0.0, 0.5, 0.25]  # one number a selection, whatever the questions
-    plain = scipy.stats.ttest_1samp(gains, 0).confidence_interval(0.95)
-    assert found.gain.n == 3 and (found.gain.low, found.gain.high) == pytest.approx((plain.low, plain.high))
-    assert found.accuracy.value == pytest.approx(np.mean([0.5, 1.0, 0.5]))
-    once = tables.compare(both[(both.arm == "baseline") | (both.seed == 1)], n_boot=200).loc["x"]  # asked in one run only
-    assert (once.gain.n, once.gain.groups, once.gain.value) == (4, 2, 0.5) and once.accuracy.value == 1.0
-    assert (once.gain.low, once.gain.high) == (0.0, 1.0)  # a draw of twice b; twice a
+def test_fine_tuning_learns_the_option_not_its_letter(monkeypatch):
+    lab, (pairs, _), seen = lab_with_letters(), options(20), []
+    found = trial.run(lab, pairs, replace(POST, n_test=4, draws=1, rules=("CorrSteer-A",), controls=()), work=QUIET)
+    real = rivals.lora
+    monkeypatch.setattr(rivals, "lora", lambda lab_, questions, **how: seen.extend(questions) or real(lab_, questions, **how))
+    rivals.rivals(lab, found, epochs=0.5, work=QUIET)
+    assert {target(q) for q in seen} <= {" k", " w"} and [q.id for q in seen] == [q.id for q in found.asked]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
