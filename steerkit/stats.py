@@ -152,7 +152,7 @@ def t_interval(values) -> Interval:
     return Interval(mean, mean - half, mean + half, n, df=n - 1)
 
 
-def two_level(total, size, *, runs: Sequence | np.ndarray, groups: Sequence | np.ndarray, n_boot: int = 2000, seed: int = 0) -> Interval:
+def two_level(total, size, *, runs, groups, n_boot: int = 2000, seed: int = 0) -> Interval:
     """Return the mean of the runs' means with its interval, where runs (selections, say) and groups of samples (countries) both vary.
 
     A row is a cell: the sum `total` over `size` samples of one group in one run. Runs are drawn with replacement, and groups, each in all

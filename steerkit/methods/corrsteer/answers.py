@@ -1,6 +1,6 @@
 """Tables of answers to test questions, of this run or shipped: what each arm did to accuracy, to single answers, and to bias."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ from steerkit.engine.generate import BASELINE
 from steerkit.methods.corrsteer.nulls import movable, permutation_null, permutations, strata
 from steerkit.methods.corrsteer.select import rank
 from steerkit.methods.corrsteer.trial import Trial
-from steerkit.questions import Question, bias_score
+from steerkit.questions import Question, Task, bias_score
 from steerkit.questions.correct import LETTERS, letter
 from steerkit.stats import two_level
 
@@ -62,27 +62,30 @@ def compare(rows: pd.DataFrame, base: pd.DataFrame, *, by: str = "method", colum
     return pd.DataFrame.from_dict(table, orient="index").rename_axis(by)
 
 
-def base_rates(trials: Iterable[Trial], *, n_boot: int = 2000) -> pd.DataFrame:
-    """Return a row a task: its unsteered selection answers, and whether a feature can be chosen and knowledge be tested on it.
+def cells(rows: pd.DataFrame, task: Task, seed: int) -> pd.DataFrame:
+    """Return a row for each group of unsteered answers (`trial.ask`) to a task: n, correct, malformed, and chance, 1 / options, summed.
 
-    enough: both outcomes occur `plan.least` times in every selection. above chance: accuracy minus 1 / options, where options are scored,
+    scored: whether options are scored, so that the form of an answer plays no part.
+    """
+    told = rows.assign(n=1, malformed=rows.outcome.str.startswith("format"))
+    told = told.groupby("group", sort=False)[["n", "correct", "malformed", "chance"]].sum(min_count=1)
+    return told.reset_index().assign(task=task.name, seed=seed, scored=task.answer == "options")
+
+
+def base_rates(asked: pd.DataFrame, *, least: int = 30, n_boot: int = 2000) -> pd.DataFrame:
+    """Return a row a task of `cells`: how it is answered without steering, and whether a feature can be chosen and knowledge tested on it.
+
+    enough: both outcomes occur `least` times in every selection. above chance: accuracy minus 1 / options, where options are scored,
     with its interval over selections and groups; knowledge is testable where that lies above 0. No steered answer has a say.
     """
     table = {}
-    for name, some in pd.Series(list(trials)).groupby(lambda i, t=list(trials): t[i].task.name, sort=False):
-        rows = pd.concat([t.selection.assign(seed=t.plan.seed) for t in some])
-        cells = rows.assign(n=1, over=rows.correct - rows.chance).groupby(["seed", "group"])[["n", "correct", "over"]].sum(min_count=1)
-        how = {"runs": cells.index.get_level_values("seed"), "groups": cells.index.get_level_values("group"), "n_boot": n_boot}
-        over = two_level(cells.over, cells.n, **how) if some.iloc[0].task.answer == "options" else None
-        table[name] = {
-            "answers": len(rows) // len(some),
-            "accuracy": two_level(cells.correct, cells.n, **how),
-            "format errors": rows.outcome.str.startswith("format").mean(),
-            "rarer outcome": min(min(t.y.sum(), len(t.y) - t.y.sum()) for t in some),
-            "enough": all(t.enough for t in some),
-            "above chance": over,
-            "knowledge": over is not None and over.low > 0,
-        }
+    for name, mine in asked.groupby("task", sort=False):
+        how, runs = {"runs": mine.seed, "groups": mine.group, "n_boot": n_boot}, mine.groupby("seed")[["n", "correct"]].sum()
+        over = two_level(mine.correct - mine.chance, mine.n, **how) if mine.scored.all() else None
+        rarer = int(np.minimum(runs.correct, runs.n - runs.correct).min())
+        table[name] = {"answers": int(runs.n.mean()), "accuracy": two_level(mine.correct, mine.n, **how)}
+        table[name] |= {"format errors": mine.malformed.sum() / mine.n.sum(), "rarer outcome": rarer, "enough": rarer >= least}
+        table[name] |= {"above chance": over, "knowledge": over is not None and over.low > 0}
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("task")
 
 
