@@ -9,8 +9,6 @@ from scipy import sparse
 from steerkit.inputs import Array
 from steerkit.methods.corrsteer.correlation import Correlation, array, pearson
 
-LEAST = 30  # answers whose label can move: with fewer there is no test
-
 
 def strata(kinds: Array, answers: Array, items: Array) -> list[tuple[str, str | None]]:
     """Return each question's stratum: its kind, with the right answer where several items share that answer.

@@ -49,8 +49,8 @@ class Plan:
     seed: of the questions' split, and of the controls. within: kinds of questions whose unsteered accuracy on the selection part lies
     outside are left out everywhere, before anything is steered; where no kind is left all stay. site: "pre" as released (features are
     read, chosen and steered one block early), or "post". pool, steer_pool: "max" or "mean", for r and for coefficients. min_fired:
-    selection answers that a feature must fire on. least: answers of the rarer outcome that a choice, or a test, needs. draws: of random
-    features with the same push. scales, sizes: of the sweeps over coefficients and selection answers. rules, controls: what is compared.
+    selection answers that a feature must fire on. least: answers whose label can move that a noise floor needs. draws: of random features
+    with the same push. scales, sizes: of the sweeps over coefficients and selection answers. rules, controls: what is compared.
     Raises ValueError for a name that does not exist.
     """
 
@@ -115,11 +115,6 @@ class Trial:
     def y(self) -> np.ndarray:
         """Outcomes of the selection questions, 0 or 1."""
         return self.selection.correct.to_numpy()
-
-    @property
-    def enough(self) -> bool:
-        """Whether both outcomes occur in at least `plan.least` selection answers."""
-        return bool(min(self.y.sum(), len(self.y) - self.y.sum()) >= self.plan.least)
 
     @property
     def picks(self) -> dict[str, tuple[Pick, ...]]:
