@@ -12,14 +12,15 @@ from steerkit.engine.decode import Sampling, decode
 from steerkit.engine.generate import generate
 from steerkit.engine.tokens import prompt_ids
 from steerkit.methods.corrsteer.correlation import Correlation
-from steerkit.methods.corrsteer.pooling import pool_answers
+from steerkit.methods.corrsteer.pooling import Reading, pool_answers
 from steerkit.store import Work
 
 
 def select(lab, prompts: list[str], sampling: Sampling, batch: int = 64):
     """The selection pass: texts, and their pooled features."""
     work = Work(batch, progress=False)
-    return pool_answers(lab, prompts, generate(lab, prompts, sampling=sampling, work=work).tokens.tolist(), site="post", work=work)
+    tokens = generate(lab, prompts, sampling=sampling, work=work).tokens.tolist()
+    return pool_answers(lab, prompts, tokens, [Reading(lab.saes, "post")], work=work)[0]
 
 
 def questions(n: int) -> list[str]:

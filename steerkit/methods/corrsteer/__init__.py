@@ -10,7 +10,6 @@ MODULES = {
     "nulls": "steerkit.methods.corrsteer.nulls",
     "pooled": "steerkit.methods.corrsteer.pooled",
     "pooling": "steerkit.methods.corrsteer.pooling",
-    "rivals": "steerkit.methods.corrsteer.rivals",
     "select": "steerkit.methods.corrsteer.select",
 }
 __getattr__, __dir__ = lazily(__name__, MODULES)

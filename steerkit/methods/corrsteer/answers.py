@@ -89,7 +89,7 @@ def base_rates(asked: pd.DataFrame, *, least: int = 30, n_boot: int = 2000) -> p
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("task")
 
 
-def best_picks(found: Trial, saes, *, k: int = 10, n_null: int = 500, seed: int = 0) -> pd.DataFrame:
+def best_picks(found: Trial, *, k: int = 10, n_null: int = 500, seed: int = 0) -> pd.DataFrame:
     """Return the k best features of each layer with r > 0 and (sign -1) r < 0, with noise floors; no rows for one outcome only.
 
     floor: the largest r that 95 % of shufflings of the labels stay below, whole items at a time. floor_within: the same within `strata`
@@ -124,7 +124,7 @@ def best_picks(found: Trial, saes, *, k: int = 10, n_null: int = 500, seed: int 
                     "floor_within": floor_within,
                 }
                 row |= {"above": f.r > floor + TIE, "above_within": r_within[f.feature] > floor_within + TIE, "movable": int(free.sum())}
-                push = abs(f.coefficient) * float(saes[layer].W_dec[f.feature].norm())
+                push = abs(f.coefficient) * float(found.readings[""].saes[layer].W_dec[f.feature].detach().norm())
                 row |= {"push": push, "norm": float(np.median(found.pooled.norm[layer]))}
                 rows.append(row | {name: sign > 0 and (layer, f.feature) in some for name, some in steered.items()})
     return pd.DataFrame(rows).assign(task=found.task.name, seed=plan.seed, n=len(y), accuracy=y.mean())

@@ -1,6 +1,7 @@
 """SAE features pooled over the positions that predict an answer's tokens (CorrSteer, arXiv 2508.12535)."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -23,14 +24,24 @@ SITES = ("pre", "post")
 AT_ONCE = 1024  # positions whose features are dense together
 
 
-def block_of(layer: int, site: str) -> int:
-    """Return the block whose output is read and steered: `layer` - 1 for "pre", as released; `layer` for "post", the SAE's own hook.
+@dataclass(frozen=True)
+class Reading:
+    """Where features are read and steered: SAEs by layer, and the site.
 
-    The released code uses SAE L on the input of block L, which is the output of block L - 1, and never layer 0.
+    site "pre", as released: SAE L on what enters block L, which is the output of block L - 1, and never layer 0. "post": the SAE's own
+    hook, the output of block L. Raises ValueError for another site, or "pre" at layer 0.
     """
-    if site not in SITES or (site == "pre" and layer == 0):
-        raise ValueError(f'site: expected "pre" (from layer 1 on) or "post", got {site!r} at layer {layer}')
-    return layer - (site == "pre")
+
+    saes: Mapping[int, object]
+    site: str = "pre"
+
+    def __post_init__(self) -> None:
+        if self.site not in SITES or (self.site == "pre" and 0 in self.saes):
+            raise ValueError(f'site: expected "pre" (from layer 1 on) or "post", got {self.site!r} for layers {sorted(self.saes)}')
+
+    def block(self, layer: int) -> int:
+        """Return the block whose output is read and steered."""
+        return layer - (self.site == "pre")
 
 
 class Raw:
@@ -51,62 +62,65 @@ def pool_answers(
     lab: Lab,
     prompts: Iterable[str],
     answers: Sequence[list[int]],
+    readings: Sequence[Reading],
     *,
-    saes: Mapping[int, object] | None = None,
-    site: str = "pre",
     min_window: int = 0,
     chat: bool = False,
     work: Work = Work(),
-) -> Pooled:
-    """Return the features of every layer in `saes`, pooled over each answer, of the model without steering, and the mean |x| read.
+) -> list[Pooled]:
+    """Return, for each reading, the features pooled over each answer, of the model without steering, and the mean |x| read.
 
     z_i = max or mean over t of encode(x_t)_i, t from the last prompt token to the last token that predicts another. answers: the
     tokens of each, without what ends it. The step that predicts the end counts only among the first `min_window` (released: 1 for
-    one-token answers, so that they always have a position; else 0: an answer that ends at once is zero). saes: {layer: SAE, or `Raw`
-    for residual coordinates}, by default the lab's. site: see `block_of`. Answers are read in one pass each, which gives what a decode
-    step by step would see. Batches of 64 unless work says so; work.out is a folder, where finished batches are kept.
+    one-token answers, so that they always have a position; else 0: an answer that ends at once is zero). One pass over prompt and answer
+    serves all readings, and gives what a decode step by step would see. Batches of 64 unless work says so; work.out is a folder,
+    where finished batches are kept.
 
-    Raises ValueError for no prompts or SAEs, numbers that differ, a layer or site out of range, or an `out` with another run's files.
+    Raises ValueError for no prompts or readings, numbers that differ, a layer that the model lacks, or an `out` with another run's files.
 
-    >>> pooled = pool_answers(lab, prompts, texts.tokens.tolist())    # doctest: +SKIP
-    >>> pooled.correlation(13, correct).r().max()                     # doctest: +SKIP
+    >>> (pooled,) = pool_answers(lab, prompts, texts.tokens.tolist(), [Reading(lab.saes)])    # doctest: +SKIP
+    >>> pooled.correlation(13, correct).r().max()                                             # doctest: +SKIP
     """
-    prompts, saes, size = strings("prompts", prompts), dict(lab.saes if saes is None else saes), work.rows(64)
-    if not prompts or not saes or len(answers) != len(prompts):
-        raise ValueError(f"expected prompts, an answer for each, and SAEs, got {len(prompts)}, {len(answers)} and {len(saes)}")
-    for layer in saes:
+    prompts, size = strings("prompts", prompts), work.rows(64)
+    if not prompts or len(answers) != len(prompts) or not readings or not all(reading.saes for reading in readings):
+        raise ValueError(f"expected prompts, an answer for each, and SAEs, got {len(prompts)}, {len(answers)} and {list(readings)}")
+    for layer in (layer for reading in readings for layer in reading.saes):
         lab.block(layer)
-        block_of(layer, site)
     rows = [(prompt_ids(lab.tokenizer, prompt, chat=chat), list(answer)) for prompt, answer in zip(prompts, answers)]
     order = sorted(range(len(rows)), key=lambda r: (len(rows[r][0]) + len(rows[r][1]), r))  # rows of like length share a batch
     batches = [order[i : i + size] for i in range(0, len(order), size)]
-    key = fingerprint(lab.hf, rows, saes, site, min_window, size) if work.out else ""
+    key = fingerprint(lab.hf, rows, list(readings), min_window, size) if work.out else ""
     kept, found = Parts(work.path(key), key), []
     for number, batch in enumerate(bar(batches, "pool", "batch", show=work.progress)):
         part = kept.get(name := f"batch_{number:05d}")
         if part is None:
-            found.append(Pooled.join(halving(partial(_batch, lab, saes, site, min_window), [rows[r] for r in batch])))
-            kept.put(name, found[-1].tensors())
+            done = halving(partial(_batch, lab, readings, min_window), [rows[r] for r in batch])
+            found.append([Pooled.join(some) for some in zip(*done)])
+            kept.put(name, {f"{n}/{key}": tensor for n, some in enumerate(found[-1]) for key, tensor in some.tensors().items()})
         else:
-            found.append(Pooled.of(part))
-    return Pooled.join(found).take(np.argsort(order))
+            each = [{k.partition("/")[2]: tensor for k, tensor in part.items() if k.startswith(f"{n}/")} for n in range(len(readings))]
+            found.append([Pooled.of(tensors) for tensors in each])
+    return [Pooled.join(parts).take(np.argsort(order)) for parts in zip(*found)]
 
 
-def _batch(lab: Lab, saes: Mapping, site: str, min_window: int, rows: list[tuple[list[int], list[int]]]) -> Pooled:
+def _batch(lab: Lab, readings: Sequence[Reading], min_window: int, rows: list[tuple[list[int], list[int]]]) -> list[Pooled]:
     device, window = lab.hf.device, torch.tensor([max(len(answer), min_window) for _, answer in rows])
     whole = [prompt + answer[:-1] for prompt, answer in rows]  # the last token predicts no other
     width = max(map(len, whole))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in whole], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in whole], device=device)
-    row = torch.repeat_interleave(torch.arange(len(rows)), window).to(device)
-    place = torch.cat([torch.arange(len(prompt) - 1, len(prompt) - 1 + n) for (prompt, _), n in zip(rows, window.tolist())]).to(device)
+    row = torch.repeat_interleave(torch.arange(len(rows)), window)
+    place = torch.cat([torch.arange(len(prompt) - 1, len(prompt) - 1 + n) for (prompt, _), n in zip(rows, window.tolist())])
+    blocks = sorted({reading.block(layer) for reading in readings for layer in reading.saes})
     with packed_linears(lab.hf):
-        resid = residuals(lab.hf, ids, mask, layers=sorted({block_of(layer, site) for layer in saes}))
+        resid = residuals(lab.hf, ids, mask, layers=blocks)
     seen = {block: found[row.to(found.device), place.to(found.device)] for block, found in resid.items()}
-    norm = {layer: seen[block_of(layer, site)].float().norm(dim=-1).cpu() for layer in saes}
-    mean = {layer: torch.zeros(len(rows)).index_add_(0, row.cpu(), x) / window.clamp_min(1) for layer, x in norm.items()}
-    features = {layer: _pool(seen[block_of(layer, site)], sae, row, window.to(device)) for layer, sae in saes.items()}
-    return Pooled(window.numpy(), features, {layer: x.numpy() for layer, x in mean.items()})
+    norm = {b: torch.zeros(len(rows)).index_add_(0, row, x.float().norm(dim=-1).cpu()) / window.clamp_min(1) for b, x in seen.items()}
+    found, at = [], (row.to(device), window.to(device))
+    for reading in readings:
+        features = {layer: _pool(seen[reading.block(layer)], sae, *at) for layer, sae in reading.saes.items()}
+        found.append(Pooled(window.numpy(), features, {layer: norm[reading.block(layer)].numpy() for layer in reading.saes}))
+    return found
 
 
 def _pool(resid: Float[Tensor, "n d_model"], sae, row: Tensor, window: Tensor) -> dict[str, csr_array]:

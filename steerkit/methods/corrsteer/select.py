@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from steerkit.engine.steer import Add
 from steerkit.methods.corrsteer.correlation import Correlation
-from steerkit.methods.corrsteer.pooling import block_of
+from steerkit.methods.corrsteer.pooling import Reading
 
 VARIANTS = ("A", "S", "P")
 SCORES = ("r", "mi", "fisher", "caa")
@@ -134,10 +134,9 @@ def random_features(
     return drawn
 
 
-def edits(picks: Sequence[Pick], saes: Mapping[int, object], *, site: str = "pre") -> list[Add]:
-    """Return the edits x'[t] = x[t] + c_i W_dec[i] (card: eq. 7), the decoder row as stored: not normalised, no bias.
+def edits(picks: Sequence[Pick], reading: Reading) -> list[Add]:
+    """Return the edits x'[t] = x[t] + c_i W_dec[i] (card: eq. 7), where features are read; the decoder row as stored: not normalised.
 
-    site: "pre", as released, steers the block below the SAE's own (see `pooling.block_of`); "post" its own output.
     Layers compose: a later one sees what the earlier added. Use them with window="last".
     """
-    return [Add(block_of(p.layer, site), saes[p.layer].W_dec[p.feature].detach(), p.coefficient) for p in picks]
+    return [Add(reading.block(p.layer), reading.saes[p.layer].W_dec[p.feature].detach(), p.coefficient) for p in picks]

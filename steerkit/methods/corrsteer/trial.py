@@ -15,7 +15,7 @@ from steerkit.engine.tokens import bare_ids
 from steerkit.methods.corrsteer import select
 from steerkit.methods.corrsteer.nulls import permutations
 from steerkit.methods.corrsteer.pooled import POOLS, Pooled
-from steerkit.methods.corrsteer.pooling import SITES, pool_answers
+from steerkit.methods.corrsteer.pooling import SITES, Raw, Reading, pool_answers
 from steerkit.methods.corrsteer.select import Pick
 from steerkit.questions import Question, Task, split
 from steerkit.store import Work
@@ -50,7 +50,8 @@ class Plan:
     outside are left out everywhere, before anything is steered; where no kind is left all stay. site: "pre" as released (features are
     read, chosen and steered one block early), or "post". pool, steer_pool: "max" or "mean", for r and for coefficients. min_fired:
     selection answers that a feature must fire on. least: answers whose label can move that a noise floor needs. draws: of random features
-    with the same push. scales, sizes: of the sweeps over coefficients and selection answers. rules, controls: what is compared.
+    with the same push. scales, sizes: of the sweeps over coefficients and selection answers. rules, controls: what is compared; others:
+    also residual coordinates in place of features, and the other site.
     Raises ValueError for a name that does not exist.
     """
 
@@ -69,6 +70,7 @@ class Plan:
     sizes: tuple[int, ...] = ()
     rules: tuple[str, ...] = tuple(RULES)
     controls: tuple[str, ...] = CONTROLS
+    others: bool = True
 
     def __post_init__(self) -> None:
         known = {"site": SITES, "pool": POOLS, "steer_pool": POOLS, "rules": tuple(RULES), "controls": CONTROLS}
@@ -84,6 +86,7 @@ class Choice:
 
     study: "main" for methods; "scale" and "size" for CorrSteer-A with its coefficients times `value`, and chosen on the first `value`
     answers; others as the caller says. source: the task that the features were found on, where it is another. draw: of random features.
+    reading: the name of the `Reading` that the picks belong to.
     """
 
     method: str
@@ -92,6 +95,7 @@ class Choice:
     value: float = 1.0
     source: str = ""
     draw: int = 0
+    reading: str = ""
 
 
 UNSTEERED = Choice(BASELINE.name)
@@ -99,13 +103,17 @@ UNSTEERED = Choice(BASELINE.name)
 
 @dataclass(frozen=True)
 class Trial:
-    """What one run on one task found. asked: the selection questions, selection: what became of them; answers: of the test questions."""
+    """What one run on one task found. asked: the selection questions, selection: what became of them; answers: of the test questions.
+
+    readings: where features were read, by name; "" is the plan's, and `pooled` belongs to it.
+    """
 
     task: Task
     plan: Plan
     kinds: tuple[str, ...]
     asked: tuple[Question, ...]
     selection: pd.DataFrame
+    readings: dict[str, Reading]
     pooled: Pooled
     choices: tuple[Choice, ...]
     test: tuple[Question, ...]
@@ -129,23 +137,31 @@ def check_chat(lab: Lab, tasks: Iterable[Task]) -> None:
         raise ValueError(f"{', '.join(names)}: {why}: use an instruct preset, or tasks asked as plain text (letters, mmlu, bbq_ambig, ...)")
 
 
-def run(lab: Lab, task: Task, plan: Plan = Plan(), *, saes: Mapping[int, object] | None = None, work: Work = Work()) -> Trial:
+def readings(lab: Lab, plan: Plan = Plan()) -> dict[str, Reading]:
+    """Return where a trial reads features and steers, by name: "" is the lab's SAEs at the plan's site; and what else it compares."""
+    other, found = "post" if plan.site == "pre" else "pre", {"": Reading(lab.saes, plan.site)}
+    if plan.others:
+        found["residual coordinates"] = Reading({layer: Raw(lab.at(layer).d_model) for layer in lab.saes}, plan.site)
+        found[f"CorrSteer-A, {other}"] = Reading({layer: sae for layer, sae in lab.saes.items() if layer or other == "post"}, other)
+    return {name: reading for name, reading in found.items() if reading.saes}
+
+
+def run(lab: Lab, task: Task, plan: Plan = Plan(), *, work: Work = Work()) -> Trial:
     """Select on one part of a task's questions, and answer the test part without steering and with every method.
 
-    saes: by default the lab's. work.out is a folder: passes are kept there, and resume.
+    work.out is a folder: passes are kept there, and resume.
     """
-    saes = lab.saes if saes is None else saes
-    parts = split(task, plan.seed, selection=plan.n_selection, validation=plan.n_validation)
-    first, pooled = select_on(lab, task, parts.selection, saes=saes, site=plan.site, work=work)
+    parts, where = split(task, plan.seed, selection=plan.n_selection, validation=plan.n_validation), readings(lab, plan)
+    first, pooled = select_on(lab, task, parts.selection, list(where.values()), work=work)
     by_kind = first.groupby("kind").correct.mean()
     kinds = tuple(by_kind.index[by_kind.between(*plan.within)]) or tuple(by_kind.index)
     kept = np.flatnonzero(first.kind.isin(kinds))
-    first, pooled = first.iloc[kept].reset_index(drop=True), pooled.take(kept)
+    first, pooled = first.iloc[kept].reset_index(drop=True), [some.take(kept) for some in pooled]
     valid, test = ([q for q in part if q.kind in kinds] for part in (parts.validation, parts.test))
     test, asking = tuple(test[: plan.n_test]), work.below(f"{task.name}-{{key}}.jsonl")
-    choices = (UNSTEERED, *methods(lab, task, valid, pooled, first, plan, saes=saes, work=asking))
-    answers = answer(lab, task, test, choices, saes=saes, site=plan.site, work=asking).assign(task=task.name, seed=plan.seed)
-    return Trial(task, plan, kinds, tuple(parts.selection[i] for i in kept), first, pooled, choices, test, answers)
+    choices = (UNSTEERED, *methods(lab, task, valid, pooled, first, plan, work=asking))
+    answers = answer(lab, task, test, choices, where, work=asking).assign(task=task.name, seed=plan.seed)
+    return Trial(task, plan, kinds, tuple(parts.selection[i] for i in kept), first, where, pooled[0], choices, test, answers)
 
 
 def ask(
@@ -193,88 +209,77 @@ def answer(
     task: Task,
     questions: Sequence[Question],
     choices: Sequence[Choice],
+    where: Mapping[str, Reading],
     *,
-    saes: Mapping[int, object] | None = None,
-    site: str = "pre",
     allowed: Sequence[int] = (),
     work: Work = Work(),
 ) -> pd.DataFrame:
-    """Return the rows of `ask` for each choice, with its labels; choices that steer alike are asked once.
-
-    saes: by default the lab's, with the decoder rows to steer with.
-    """
-    saes, alike = lab.saes if saes is None else saes, {}
+    """Return the rows of `ask` for each choice, with its labels; choices that steer alike are asked once. where: `readings`."""
+    alike: dict[tuple, list[Choice]] = {}
     for choice in choices:
-        alike.setdefault(tuple((p.layer, p.feature, p.coefficient) for p in choice.picks), []).append(choice)
-    arms = [Arm(f"{n}: {some[0].method}", select.edits(some[0].picks, saes, site=site)) for n, some in enumerate(alike.values())]
+        alike.setdefault(tuple((choice.reading, p.layer, p.feature, p.coefficient) for p in choice.picks), []).append(choice)
+    arms = [Arm(f"{n}: {some[0].method}", select.edits(some[0].picks, where[some[0].reading])) for n, some in enumerate(alike.values())]
     rows, found = dict(list(ask(lab, task, questions, arms, allowed=allowed, work=work).groupby("arm"))), []
     for arm, some in zip(arms, alike.values()):
-        labels = [{name: value for name, value in vars(choice).items() if name != "picks"} for choice in some]
+        labels = [{name: value for name, value in vars(choice).items() if name not in ("picks", "reading")} for choice in some]
         found += [rows[arm.name].drop(columns=["arm", "tokens"]).assign(**label) for label in labels]
     return pd.concat(found, ignore_index=True)
 
 
 def select_on(
-    lab: Lab,
-    task: Task,
-    questions: Sequence[Question],
-    *,
-    saes: Mapping[int, object] | None = None,
-    site: str = "pre",
-    work: Work = Work(),
-) -> tuple[pd.DataFrame, Pooled]:
-    """Return the unsteered answers to the selection questions, and the features that predict them, pooled. work.out is a folder."""
+    lab: Lab, task: Task, questions: Sequence[Question], where: Sequence[Reading], *, work: Work = Work()
+) -> tuple[pd.DataFrame, list[Pooled]]:
+    """Return the unsteered answers to the selection questions, and the pooled features of each reading. work.out is a folder."""
     rows = ask(lab, task, questions, work=work.below(f"{task.name}-asked-{{key}}.jsonl"))
-    how = {"saes": saes, "site": site, "chat": task.chat, "min_window": int(task.max_new_tokens == 1)}
-    prompts, kept = [q.prompt for q in questions], work.below(f"{task.name}-pooled-{{key}}")
-    return rows, pool_answers(lab, prompts, rows.tokens.tolist(), **how, work=kept)
+    how = {"min_window": int(task.max_new_tokens == 1), "chat": task.chat, "work": work.below(f"{task.name}-pooled-{{key}}")}
+    return rows, pool_answers(lab, [q.prompt for q in questions], rows.tokens.tolist(), where, **how)
 
 
 def methods(
     lab: Lab,
     task: Task,
     validation: Sequence[Question],
-    pooled: Pooled,
+    pooled: Sequence[Pooled],
     selection: pd.DataFrame,
     plan: Plan = Plan(),
     *,
-    saes: Mapping[int, object] | None = None,
     work: Work = Work(),
 ) -> list[Choice]:
-    """Return what each rule, control and sweep of the plan picks. A rule that finds nothing picks nothing, and steers nothing.
+    """Return what each rule, control, sweep and reading of the plan picks. What finds nothing picks nothing, and steers nothing.
 
-    selection: the rows of `ask` that `pooled` belongs to. saes: by default the lab's. work: of the validation answers, as in `generate`.
+    selection: the rows of `ask` that `pooled` belongs to, one for each of `readings`. work: of the validation answers, as in `generate`.
     """
-    saes, often = lab.saes if saes is None else saes, {"min_fired": plan.min_fired}
+    where, often = readings(lab, plan), {"min_fired": plan.min_fired}
     real = selection.correct.to_numpy(dtype=float)
     shuffled = permutations(real, 1, seed=plan.seed, items=selection["item"])[0]
 
     @cache
-    def known(pool: str, steer_pool: str, edges: str | None, n: int, y: str) -> dict:
-        some, outcomes = pooled.take(range(n)), (shuffled if y == "shuffled" else real)[:n]
-        return {layer: some.correlation(layer, outcomes, pool=pool, steer_pool=steer_pool, edges=edges) for layer in pooled.features}
+    def known(pool: str, steer_pool: str, edges: str | None, n: int, y: str, reading: int) -> dict:
+        some, outcomes = pooled[reading].take(range(n)), (shuffled if y == "shuffled" else real)[:n]
+        return {layer: some.correlation(layer, outcomes, pool=pool, steer_pool=steer_pool, edges=edges) for layer in some.features}
 
-    def pick(*, pool=plan.pool, steer_pool=plan.steer_pool, edges=None, n=None, y="real", step=1, **how) -> list[Pick]:
-        found = known(pool, steer_pool, edges, n or len(real), y)
-        return select.select({layer: found[layer] for layer in list(found)[::step]}, **often | how)
+    def pick(*, pool=plan.pool, steer_pool=plan.steer_pool, edges=None, n=None, y="real", reading=0, step=1, **how) -> tuple[Pick, ...]:
+        found = known(pool, steer_pool, edges, n or len(real), y, reading)
+        return tuple(select.select({layer: found[layer] for layer in list(found)[::step]}, **often | how))
 
     def validate(tried: list[list[Pick]]) -> list[float]:
         asked = [Choice("a choice", tuple(picks), value=i) for i, picks in enumerate(tried)]
-        rows = answer(lab, task, validation, asked, saes=saes, site=plan.site, work=replace(work, progress=False))
+        rows = answer(lab, task, validation, asked, where, work=replace(work, progress=False))
         return rows.groupby("value").correct.mean().tolist()
 
-    best, stats = pick(), known(plan.pool, plan.steer_pool, None, len(real), "real")
+    best, stats = pick(), known(plan.pool, plan.steer_pool, None, len(real), "real", 0)
     found = []
     for name in plan.rules:
         check = {"validate": validate} if RULES[name].get("variant") == "P" else {}
-        found.append(Choice(name, tuple(pick(**RULES[name], **check))))
+        found.append(Choice(name, pick(**RULES[name], **check)))
+    found += [Choice(name, pick(reading=n), reading=name) for n, name in enumerate(where) if n]
     for name in plan.controls:
         for draw in range(plan.draws if name == "random features, same push" else 1):
             if name == "shuffled labels":
                 picks = pick(y="shuffled")
             else:
                 match = best if name == "random features, same push" else ()
-                picks = select.random_features(stats, seed=[plan.seed, draw], match=match, **often)
-            found.append(Choice(name, tuple(picks), draw=draw))
+                picks = tuple(select.random_features(stats, seed=[plan.seed, draw], match=match, **often))
+            found.append(Choice(name, picks, draw=draw))
     found += [Choice("CorrSteer-A", tuple(replace(p, coefficient=x * p.coefficient) for p in best), "scale", x) for x in plan.scales]
-    return found + [Choice("CorrSteer-A", tuple(pick(n=n)), "size", n) for n in plan.sizes if n < len(real)]
+    return found + [Choice("CorrSteer-A", pick(n=n), "size", n) for n in plan.sizes if n < len(real)]

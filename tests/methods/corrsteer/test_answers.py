@@ -12,6 +12,7 @@ from scipy.sparse import csr_array
 from steerkit.methods.corrsteer import answers as tables
 from steerkit.methods.corrsteer import trial
 from steerkit.methods.corrsteer.pooled import Pooled
+from steerkit.methods.corrsteer.pooling import Reading
 from steerkit.questions import Question, Task
 
 ARM = {"study": "main", "source": "", "value": 1.0, "draw": 0}
@@ -25,11 +26,11 @@ def rows(method, correct, texts=None, groups=None, **labels):
     return frame.assign(outcome=np.where(frame.text == "?", "format_none", np.where(frame.correct == 1, "right", "wrong")))
 
 
-def a_trial(seed, base, *, selection=None, pooled=None, choices=()):
+def a_trial(seed, base, *, selection=None, saes=None, pooled=None, choices=()):
     task = Task("toy", "contains", 1, False, {})
     nothing, plan = pd.DataFrame(), trial.Plan(seed=seed, least=3)
     pooled = pooled or Pooled(np.zeros(0, dtype=int), {}, {})
-    parts = (nothing if selection is None else selection, pooled, choices, (), nothing if base is None else base)
+    parts = (nothing if selection is None else selection, {"": Reading(saes or {})}, pooled, choices, (), nothing if base is None else base)
     return trial.Trial(task, plan, ("k",), (), *parts)
 
 
@@ -139,8 +140,8 @@ def picks(columns, y, n_null=300, **about):
     pooled = Pooled(np.ones(len(y), dtype=int), {2: {"max": csr_array(z), "mean": csr_array(z)}}, {2: np.full(len(y), 40.0, np.float32)})
     sae = SimpleNamespace(W_dec=torch.eye(6) * 2)
     choices = tuple(trial.Choice(f"CorrSteer-{v}", (trial.Pick(2, 0, 1.0, 1.0, 1.0, 1, 1),)) for v in "AS")
-    found = a_trial(5, None, selection=selection(y.astype(int), **about), pooled=pooled, choices=choices)
-    return tables.best_picks(found, {2: sae}, n_null=n_null)
+    found = a_trial(5, None, selection=selection(y.astype(int), **about), saes={2: sae}, pooled=pooled, choices=choices)
+    return tables.best_picks(found, n_null=n_null)
 
 
 def test_a_pick_has_a_floor_over_the_run_and_one_within_kind_and_answer():

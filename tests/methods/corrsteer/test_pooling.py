@@ -15,7 +15,7 @@ from steerkit.engine.steer import Add, residual_blocks
 from steerkit.engine.tokens import prompt_ids
 from steerkit.features import residuals
 from steerkit.methods.corrsteer.pooled import Pooled
-from steerkit.methods.corrsteer.pooling import Raw, block_of, pool_answers
+from steerkit.methods.corrsteer.pooling import Raw, Reading, pool_answers
 from steerkit.store import Work
 
 D = tiny.D_MODEL
@@ -28,10 +28,11 @@ def written(kind="llama", **sampling):
     return frame.tokens.tolist()
 
 
-def run(answers=None, kind="llama", saes=None, *, prompts=PROMPTS, batch_size=None, out=None, **settings):
-    lab = tiny.lab(kind, saes={1: tiny.planted_sae(), 2: tiny.planted_sae()} if saes is None else saes)
-    work = Work(batch_size, out, progress=False)
-    return pool_answers(lab, prompts, written(kind) if answers is None else answers, work=work, **settings)
+def run(answers=None, kind="llama", saes=None, *, prompts=PROMPTS, batch_size=None, out=None, site="pre", **settings):
+    at = Reading({1: tiny.planted_sae(), 2: tiny.planted_sae()} if saes is None else saes, site)
+    work, answers = Work(batch_size, out, progress=False), written(kind) if answers is None else answers
+    (pooled,) = pool_answers(tiny.lab(kind), prompts, answers, [at], work=work, **settings)
+    return pooled
 
 
 def by_hand(kind, prompt, tokens, layer, site, steps):
@@ -139,6 +140,21 @@ def test_a_watch_is_shown_each_step_once_with_steering_on():
     assert not any(block._forward_hooks for block in residual_blocks(model))
 
 
+def test_several_readings_share_one_pass(monkeypatch, tmp_path):
+    """SAEs at both sites and residual coordinates, each as when it is read alone; kept, and read back."""
+    answers, own = written(), {1: tiny.planted_sae(), 2: tiny.planted_sae()}
+    alone = [run(answers, site=site) for site in ("pre", "post")] + [run(answers, saes={2: Raw(D)})]
+    calls, real = [], P.residuals
+    monkeypatch.setattr(P, "residuals", lambda *a, **kw: calls.append(kw["layers"]) or real(*a, **kw))
+    readings = [Reading(own), Reading(own, "post"), Reading({2: Raw(D)})]
+    for _ in range(2):
+        together = pool_answers(tiny.lab(), PROMPTS, answers, readings, work=Work(out=tmp_path, progress=False))
+        for a, b in zip(alone, together, strict=True):
+            assert list(a.features) == list(b.features) and (a.z(2) != b.z(2)).nnz == 0 == (a.z(2, "mean") != b.z(2, "mean")).nnz
+            np.testing.assert_array_equal(a.norm[2], b.norm[2])
+    assert calls == [[0, 1, 2]], "one batch, one pass; the second time from the file"
+
+
 def test_raw_coordinates_keep_their_signs():
     """Residual coordinates: a negative maximum is a negative maximum, and a text that ends at once is zero."""
     pooled, sae = run(saes={1: Raw(D)}), run(saes={1: tiny.planted_sae()})
@@ -211,12 +227,12 @@ def test_correlations_of_kept_features_equal_numpy():
 
 
 def test_sites_and_settings_out_of_range_are_clear_errors():
-    assert (block_of(3, "post"), block_of(3, "pre")) == (3, 2)
+    assert (Reading({}, "post").block(3), Reading({}).block(3)) == (3, 2)
     for layer, site in ((0, "pre"), (1, "mid")):
-        with pytest.raises(ValueError, match="site"):
-            block_of(layer, site)
-    with pytest.raises(ValueError, match=r"site.*at layer 0"):
-        run(saes={0: Raw(D)})
+        with pytest.raises(ValueError, match=rf"site: .*got '{site}' for layers \[{layer}\]"):
+            Reading({layer: Raw(D)}, site)
+    with pytest.raises(ValueError, match="and SAEs"):
+        pool_answers(tiny.lab(), ["a"], [[1]], [])
     for given in ({"answers": [], "prompts": []}, {"saes": {}}, {"answers": [[1]]}):
         with pytest.raises(ValueError, match="expected prompts, an answer for each, and SAEs"):
             run(**given)

@@ -9,7 +9,7 @@ from steerkit.engine.generate import BASELINE, Arm, Sampling, generate
 from steerkit.engine.steer import residual_blocks, steering
 from steerkit.features import residuals
 from steerkit.methods.corrsteer.correlation import Correlation
-from steerkit.methods.corrsteer.pooling import Raw
+from steerkit.methods.corrsteer.pooling import Raw, Reading
 from steerkit.methods.corrsteer.select import Pick, edits, random_features, rank, select
 from steerkit.store import Work
 
@@ -118,9 +118,9 @@ def test_a_zero_coefficient_is_bit_identical_and_another_moves_only_the_last_pos
     """By exactly c W_dec[i]; keys and values of earlier positions stay what they were."""
     model, sae = tiny.model(kind), tiny.planted_sae()
     plain = model(input_ids=IDS, use_cache=True)
-    with steering(model, edits([pick(1, 5, 0.0)], {1: sae}, site="post"), window="last"):
+    with steering(model, edits([pick(1, 5, 0.0)], Reading({1: sae}, "post")), window="last"):
         assert torch.equal(model(input_ids=IDS).logits, plain.logits)
-    with steering(model, edits([pick(1, 5, 3.0)], {1: sae}, site="post"), window="last"):
+    with steering(model, edits([pick(1, 5, 3.0)], Reading({1: sae}, "post")), window="last"):
         steered = model(input_ids=IDS, use_cache=True)
         moved = residuals(model, IDS, layers=[1])[1]
     before = residuals(model, IDS, layers=[1])[1]
@@ -136,7 +136,7 @@ def test_two_layers_compose():
     model, saes = tiny.model("llama"), {1: tiny.planted_sae(), 2: tiny.planted_sae()}
 
     def deep(*picks):
-        with steering(model, edits(picks, saes, site="post"), window="last"):
+        with steering(model, edits(picks, Reading(saes, "post")), window="last"):
             return residuals(model, IDS, layers=[2])[2][:, -1]
 
     first, second = pick(1, 5, 30.0), pick(2, 7, 20.0)
@@ -150,23 +150,24 @@ def test_the_released_site_adds_to_what_enters_the_block():
     block = residual_blocks(model)[2]
     handle = block.register_forward_pre_hook(lambda _m, args, kw: seen.append((args or (kw["hidden_states"],))[0]), with_kwargs=True)
     model(input_ids=IDS)
-    with steering(model, edits([pick(2, 5, 1.5)], {2: sae}), window="last"):
+    with steering(model, edits([pick(2, 5, 1.5)], Reading({2: sae})), window="last"):
         model(input_ids=IDS)
     handle.remove()
     torch.testing.assert_close(seen[1][:, -1], seen[0][:, -1] + 1.5 * sae.W_dec[5])
     assert torch.equal(seen[1][:, :-1], seen[0][:, :-1])
     with pytest.raises(ValueError, match="site"):
-        edits([pick(0, 5, 3.0)], {0: sae})
+        edits([pick(0, 5, 3.0)], Reading({0: sae}))
 
 
 def test_picks_steer_generation_and_raw_picks_steer_coordinates():
     lab = tiny.lab()
+    at = Reading(lab.saes)
     arms = [
         BASELINE,
-        Arm("zero", edits([pick(1, 5, 0.0)], lab.saes)),
-        Arm("sae", edits([pick(1, 5, 40.0)], lab.saes)),
-        Arm("raw", edits([pick(1, 5, 40.0)], {1: Raw(D)})),
-        Arm("twice", edits([pick(1, 5, 80.0)], lab.saes)),
+        Arm("zero", edits([pick(1, 5, 0.0)], at)),
+        Arm("sae", edits([pick(1, 5, 40.0)], at)),
+        Arm("raw", edits([pick(1, 5, 40.0)], Reading({1: Raw(D)}))),
+        Arm("twice", edits([pick(1, 5, 80.0)], at)),
     ]
     sampling = Sampling(temperature=0.0, max_new_tokens=8)
     frame = generate(lab, ["I think"], arms, sampling=sampling, window="last", work=Work(progress=False))

@@ -13,14 +13,15 @@ from steerkit.engine.decode import Sampling, draw
 from steerkit.engine.generate import generate
 from steerkit.engine.tokens import prompt_ids
 from steerkit.methods.corrsteer import lora as finetune
-from steerkit.methods.corrsteer import rivals, trial
-from steerkit.methods.corrsteer.lora import lora, target
+from steerkit.methods.corrsteer import trial
+from steerkit.methods.corrsteer.lora import lora, target, tuned
 from steerkit.methods.corrsteer.pooled import Pooled
+from steerkit.methods.corrsteer.pooling import Reading
 from steerkit.questions import Question, Task
 from steerkit.store import Work
 
 QUIET = Work(progress=False)
-POST = trial.Plan(site="post")  # the last block's own output: "k" can be written there
+POST = trial.Plan(site="post", others=False)  # the last block's own output: "k" can be written there
 
 
 def lab_with_letters():
@@ -50,7 +51,7 @@ def planted_pooled(n=40, seed=0):
     z = np.zeros((n, 128), dtype=np.float32)
     z[:, 0], z[:, 5], z[:, 7] = 200.0 * y, 3.0 * ~y, rng.random(n) + 0.3 * y
     pooled = Pooled(np.ones(n, dtype=int), {2: {"max": csr_array(z), "mean": csr_array(z / 2)}}, {2: np.full(n, 50.0, dtype=np.float32)})
-    return pooled, pd.DataFrame({"correct": y.astype(int), "item": [str(i) for i in range(n)]})
+    return [pooled], pd.DataFrame({"correct": y.astype(int), "item": [str(i) for i in range(n)]})
 
 
 def test_the_planted_feature_is_picked_and_its_steering_makes_every_answer_right():
@@ -69,7 +70,7 @@ def test_the_planted_feature_is_picked_and_its_steering_makes_every_answer_right
     assert {p.feature for p in drawn} == {7} and np.allclose([p.coefficient for p in drawn], 200), "the only other with r > 0"
     assert picks["scale", "CorrSteer-A", 0, 0.5][0].coefficient == pytest.approx(100)
     assert [k for k in picks if k[0] == "size"] == [("size", "CorrSteer-A", 0, 9)], "no more answers than there are"
-    answers = trial.answer(lab, toy, rows, [trial.UNSTEERED, *choices], site="post", work=QUIET)
+    answers = trial.answer(lab, toy, rows, [trial.UNSTEERED, *choices], trial.readings(lab, plan), work=QUIET)
     assert len(answers) == len(rows) * (1 + len(choices))
     right = answers[answers.study == "main"].groupby("method").correct.mean()
     assert right["CorrSteer-A"] == 1.0 and right["baseline"] < 1.0 and right["random features, same push"] < 1.0
@@ -79,12 +80,9 @@ def test_what_steers_alike_is_asked_once_and_what_picks_nothing_is_not_steered(m
     lab, asked, real = lab_with_letters(), [], trial.generate
     monkeypatch.setattr(trial, "generate", lambda lab_, prompts, arms, **how: asked.append(len(arms)) or real(lab_, prompts, arms, **how))
     toy, rows = task(new=1)
-    choices = trial.methods(
-        lab, toy, rows[:4], *planted_pooled(), replace(POST, draws=2, rules=("CorrSteer-A", "CAA score", "Fisher ratio"))
-    )
-    answers = trial.answer(
-        lab, toy, rows, [*choices, trial.UNSTEERED, trial.Choice("idle", study="other", source="x")], site="post", work=QUIET
-    )
+    plan, idle = replace(POST, draws=2, rules=("CorrSteer-A", "CAA score", "Fisher ratio")), trial.Choice("idle", study="other", source="x")
+    choices = trial.methods(lab, toy, rows[:4], *planted_pooled(), plan)
+    answers = trial.answer(lab, toy, rows, [*choices, trial.UNSTEERED, idle], trial.readings(lab, plan), work=QUIET)
     assert asked == [len({tuple((p.feature, p.coefficient) for p in c.picks) for c in choices} | {()})] and asked[0] < len(choices)
     texts = answers.groupby(["study", "method", "draw"]).text.agg(list)
     assert texts["main", "CorrSteer-A", 0] == texts["main", "CAA score", 0] != texts["main", "baseline", 0] == texts["other", "idle", 0]
@@ -95,7 +93,7 @@ def test_one_outcome_only_picks_nothing_and_wrong_names_are_refused():
     lab = lab_with_letters()
     toy, rows = task()
     pooled, selection = planted_pooled()
-    plan = trial.Plan(rules=("CorrSteer-A", "CorrSteer-P"), controls=("shuffled labels",), sizes=(5,))
+    plan = trial.Plan(rules=("CorrSteer-A", "CorrSteer-P"), controls=("shuffled labels",), sizes=(5,), others=False)
     found = trial.methods(lab, toy, rows, pooled, selection.assign(correct=0), plan)
     assert [(c.method, c.picks) for c in found] == [(m, ()) for m in ("CorrSteer-A", "CorrSteer-P", "shuffled labels", "CorrSteer-A")]
     wrong = {"rules": ("CorrSteer-Z",), "controls": ("none",), "site": "mid", "pool": "sum", "steer_pool": "sum"}
@@ -107,7 +105,7 @@ def test_one_outcome_only_picks_nothing_and_wrong_names_are_refused():
 def test_the_selection_pass_equals_plain_generation():
     lab = lab_with_letters()
     toy, rows = task()
-    answers, pooled = trial.select_on(lab, toy, rows, work=QUIET)
+    answers, (pooled,) = trial.select_on(lab, toy, rows, [Reading(lab.saes)], work=QUIET)
     plain = trial.ask(lab, toy, rows, work=QUIET)
     assert answers.text.tolist() == plain.text.tolist() and answers.correct.tolist() == plain.correct.tolist()
     assert len(pooled) == len(rows) and answers.kind.tolist() == [q.kind for q in rows]
@@ -119,7 +117,7 @@ def test_pooled_positions_end_where_hugging_face_ends_the_answer():
     rows = [Question("toy", p, "g", p, "k") for p in ("I think", "a", "The longest of the prompts here", "So")]
     first = trial.ask(lab, toy, rows, work=QUIET).tokens[0]
     lab.hf.generation_config.eos_token_id = [2, first[3]]
-    _, pooled = trial.select_on(lab, toy, rows, work=QUIET)
+    _, (pooled,) = trial.select_on(lab, toy, rows, [Reading(lab.saes)], work=QUIET)
     for question, window in zip(rows, pooled.window):
         ids = torch.tensor([prompt_ids(lab.tokenizer, question.prompt)])
         new = lab.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
@@ -131,7 +129,7 @@ def test_options_are_answered_by_likelihood_whatever_the_model_would_write():
     """Pushed to write "k", the model ranks "k" first: right on the questions whose option it is, wrong on the others."""
     lab, (pairs, rows) = lab_with_letters(), options()
     push = trial.Choice("push", (trial.Pick(2, 0, 300.0, 0.5, 0.5, 1, 1),))
-    found = trial.answer(lab, pairs, rows, [trial.UNSTEERED, push], site="post", work=QUIET)
+    found = trial.answer(lab, pairs, rows, [trial.UNSTEERED, push], trial.readings(lab, POST), work=QUIET)
     steered, plain = (found[found.method == name].reset_index(drop=True) for name in ("push", "baseline"))
     assert steered.correct.tolist() == [1, 0] * 6 and set(steered.text) == {"k"} and set(found.outcome) <= {"right", "wrong"}
     assert set(steered.said) == {"k", "w"} and set(found.chance) == {0.5}
@@ -183,34 +181,55 @@ def test_the_configuration_is_the_released_one_unless_said_otherwise():
     plan = trial.Plan()
     assert (plan.site, plan.pool, plan.steer_pool, plan.min_fired) == ("pre", "max", "max", 0)
     lab, (toy, rows) = lab_with_letters(), task(60)
-    first, pooled = trial.select_on(lab, toy, rows, work=QUIET)
-    _, below = trial.select_on(lab, toy, rows, saes={1: lab.saes[2]}, site="post", work=QUIET)
+    first, (pooled,) = trial.select_on(lab, toy, rows, [Reading(lab.saes)], work=QUIET)
+    _, (below,) = trial.select_on(lab, toy, rows, [Reading({1: lab.saes[2]}, "post")], work=QUIET)
     assert (pooled.z(2) != below.z(1)).nnz == 0, "SAE L reads what enters block L"
     assert first.tokens.tolist() == trial.ask(lab, toy, rows, work=QUIET).tokens.tolist()
 
 
-def test_rivals_learn_from_the_same_questions_answer_the_same_test_and_resume(tmp_path, monkeypatch):
+def test_the_other_site_and_residual_coordinates_are_read_chosen_and_steered_where_they_belong(monkeypatch):
+    """Each with its own picks; the edits' blocks are those of its reading."""
+    lab = lab_with_letters()
+    rows = tuple(Question("toy", str(i), f"g:{i}", f"Question {i}?", "k" if i % 2 else "zzz") for i in range(60))
+    toy, seen, real = Task("toy", "contains", 1, False, {"all": rows}, units=True), [], trial.generate
+    coin = np.random.default_rng(0)
+    grade = trial.graded
+    monkeypatch.setattr(trial, "graded", lambda t, x, q: grade(t, x, q).assign(correct=coin.integers(2, size=len(x))))
+    monkeypatch.setattr(trial, "generate", lambda l, p, arms, **how: seen.append(arms) or real(l, p, arms, **how))
+    found = trial.run(lab, toy, trial.Plan(n_test=6, draws=1), work=QUIET)
+    assert list(found.readings) == ["", "residual coordinates", "CorrSteer-A, post"]
+    (own,), (raw,), (post,) = (found.picks[name] for name in ("CorrSteer-A", "residual coordinates", "CorrSteer-A, post"))
+    blocks = {arm.name.split(": ")[1]: [(e.layer, e.vector) for e in arm.edits] for arm in seen[-1]}
+    for name, block, row in (
+        ("CorrSteer-S", 1, lab.saes[2].W_dec[own.feature]),
+        ("residual coordinates", 1, torch.eye(64)[raw.feature]),
+        ("CorrSteer-A, post", 2, lab.saes[2].W_dec[post.feature]),
+    ):
+        ((layer, vector),) = blocks[name]
+        assert layer == block and torch.equal(vector, row.detach()), name
+    assert set(found.answers[found.answers.method == "residual coordinates"].question) == set(range(6))
+    assert list(trial.readings(tiny.lab(saes={0: tiny.planted_sae()}), replace(POST, others=True))) == ["", "residual coordinates"]
+
+
+def test_fine_tuning_answers_the_same_test_and_is_not_done_twice(tmp_path, monkeypatch):
     lab = lab_with_letters()
     rows = tuple(Question("toy", str(i), f"g:{i}", f"Question {i}?", "k" if i % 2 else "zzz") for i in range(60))
     toy = Task("toy", "contains", 1, False, {"all": rows}, units=True)
-    found = trial.run(lab, toy, trial.Plan(n_test=6, draws=1), work=QUIET)
+    found = trial.run(lab, toy, replace(POST, n_test=6, draws=1), work=QUIET)
     assert {q.id for q in found.asked} & {q.id for q in found.test} == set() and len(found.asked) == len(found.selection)
-    answers = rivals.rivals(lab, found, work=Work(out=tmp_path, progress=False))
+    answers = tuned(lab, found, work=Work(out=tmp_path, progress=False))
     monkeypatch.setattr("peft.get_peft_model", lambda *_a, **_k: pytest.fail("learned twice"))
-    pd.testing.assert_frame_equal(rivals.rivals(lab, found, work=Work(out=tmp_path, progress=False)), answers, check_dtype=False)
-    assert set(answers.method) == {"residual coordinates", "CorrSteer-A, post", "LoRA, same questions"}
-    assert set(answers.study) == {"main"} and answers.groupby("method").question.agg(set).eq(set(range(6))).all()
-    assert set(answers.task) == {"toy"} and not hasattr(lab.hf, "peft_config")
-    alone = rivals.rivals(lab, found, epochs=0.0, work=Work(out=tmp_path, progress=False))
-    assert set(alone.method) == {"residual coordinates", "CorrSteer-A, post"}
+    pd.testing.assert_frame_equal(tuned(lab, found, work=Work(out=tmp_path, progress=False)), answers, check_dtype=False)
+    assert set(answers.method) == {"LoRA, same questions"} and answers.question.tolist() == list(range(6))
+    assert not hasattr(lab.hf, "peft_config")
 
 
 def test_fine_tuning_learns_the_option_not_its_letter(monkeypatch):
     lab, (pairs, _), seen = lab_with_letters(), options(20), []
     found = trial.run(lab, pairs, replace(POST, n_test=4, draws=1, rules=("CorrSteer-A",), controls=()), work=QUIET)
-    real = rivals.lora
-    monkeypatch.setattr(rivals, "lora", lambda lab_, questions, **how: seen.extend(questions) or real(lab_, questions, **how))
-    rivals.rivals(lab, found, epochs=0.5, work=QUIET)
+    real = finetune.lora
+    monkeypatch.setattr(finetune, "lora", lambda lab_, questions, **how: seen.extend(questions) or real(lab_, questions, **how))
+    tuned(lab, found, epochs=0.5, work=QUIET)
     assert {target(q) for q in seen} <= {" k", " w"} and [q.id for q in seen] == [q.id for q in found.asked]
 
 
