@@ -33,8 +33,8 @@ RULES = {
     "firing-only coefficients": {"coefficient": "firing"},
     "features that fire on ten answers": {"min_fired": 10},
     "pools: mean, mean": {"pool": "mean", "steer_pool": "mean"},
-    "pools: max, mean": {"steer_pool": "mean"},
-    "pools: mean, max": {"pool": "mean"},
+    "pools: max, mean": {"pool": "max", "steer_pool": "mean"},
+    "pools: mean, max": {"pool": "mean", "steer_pool": "max"},  # the paper's "mean" row: its README changes the pool of r alone
     "every other layer": {"step": 2},
     "negative, best layer": {"variant": "S", "negative": True},
     "negative, all layers": {"negative": True},
@@ -150,6 +150,9 @@ def run(lab: Lab, task: Task, plan: Plan = Plan(), *, work: Work = Work()) -> Tr
     """Select on one part of a task's questions, and answer the test part without steering and with every method.
 
     work.out is a folder: passes are kept there, and resume.
+
+    >>> found = run(lab, questions.load("letters"), Plan(n_selection=200, n_test=40))    # doctest: +SKIP
+    >>> found.picks["CorrSteer-A"][0].r, found.answers.groupby("method").correct.mean()  # doctest: +SKIP
     """
     parts, where = split(task, plan.seed, selection=plan.n_selection, validation=plan.n_validation), readings(lab, plan)
     first, pooled = select_on(lab, task, parts.selection, list(where.values()), work=work)
