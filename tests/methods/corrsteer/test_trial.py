@@ -74,6 +74,20 @@ def test_the_planted_feature_is_picked_and_its_steering_makes_every_answer_right
     assert right["CorrSteer-A"] == 1.0 and right["baseline"] < 1.0 and right["random features, same push"] < 1.0
 
 
+def test_the_shuffled_control_moves_the_labels_of_an_item_together():
+    """Two items, one right in all its wordings: shuffled whole, feature 0 marks the right one or the wrong one, and nothing between."""
+    y = np.repeat([1, 0], 20)
+    z = np.zeros((40, 128), dtype=np.float32)
+    z[:, 0] = 5.0 * y
+    pooled = Pooled(np.ones(40, dtype=int), {2: {"max": csr_array(z), "mean": csr_array(z)}}, {2: np.ones(40, dtype=np.float32)})
+    selection, found = pd.DataFrame({"correct": y, "item": np.repeat(["a", "b"], 20)}), set()
+    for seed in range(12):
+        plan = replace(POST, seed=seed, rules=(), controls=("shuffled labels",))
+        (control,) = trial.methods(lab_with_letters(), task()[0], (), [pooled], selection, plan)
+        found.add(tuple((p.feature, round(p.r, 6)) for p in control.picks))
+    assert found == {((0, 1.0),), ()}, "r is 1 or -1, and what has r < 0 is not picked"
+
+
 def test_what_steers_alike_is_asked_once_and_what_picks_nothing_is_not_steered(monkeypatch):
     lab, asked, real = lab_with_letters(), [], trial.generate
     monkeypatch.setattr(trial, "generate", lambda lab_, prompts, arms, **how: asked.append(len(arms)) or real(lab_, prompts, arms, **how))
