@@ -115,14 +115,8 @@ def best_picks(found: Trial, *, k: int = 10, n_null: int = 500, seed: int = 0) -
             floor_within = np.quantile(permutation_null(z[free], y[free], inside[:, free]), 0.95)
         for sign in (1, -1):
             for place, f in enumerate(rank(known, layer, k=k, negative=sign < 0, min_fired=plan.min_fired), 1):
-                row = {
-                    "sign": sign,
-                    "rank": place,
-                    **vars(f),
-                    "r_within": r_within[f.feature],
-                    "floor": floor,
-                    "floor_within": floor_within,
-                }
+                row = {"sign": sign, "rank": place, **vars(f), "floor": floor, "floor_within": floor_within}
+                row["r_within"] = r_within[f.feature]
                 row |= {"above": f.r > floor + TIE, "above_within": r_within[f.feature] > floor_within + TIE, "movable": int(free.sum())}
                 push = abs(f.coefficient) * float(found.readings[""].saes[layer].W_dec[f.feature].detach().norm())
                 row |= {"push": push, "norm": float(np.median(found.pooled.norm[layer]))}
