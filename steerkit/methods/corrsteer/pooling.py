@@ -49,8 +49,8 @@ class Raw:
 
     dtype = torch.float32
 
-    def __init__(self, d_model: int):
-        self.W_dec = torch.eye(d_model)
+    def __init__(self, d_model: int, device: torch.device | str = "cpu"):
+        self.W_dec = torch.eye(d_model, device=device)
 
     def encode(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """Return the residual stream itself."""

@@ -141,7 +141,8 @@ def readings(lab: Lab, plan: Plan = Plan()) -> dict[str, Reading]:
     """Return where a trial reads features and steers, by name: "" is the lab's SAEs at the plan's site; and what else it compares."""
     other, found = "post" if plan.site == "pre" else "pre", {"": Reading(lab.saes, plan.site)}
     if plan.others:
-        found["residual coordinates"] = Reading({layer: Raw(lab.at(layer).d_model) for layer in lab.saes}, plan.site)
+        raw = {layer: Raw(lab.at(layer).d_model, sae.W_dec.device) for layer, sae in lab.saes.items()}
+        found["residual coordinates"] = Reading(raw, plan.site)
         found[f"CorrSteer-A, {other}"] = Reading({layer: sae for layer, sae in lab.saes.items() if layer or other == "post"}, other)
     return {name: reading for name, reading in found.items() if reading.saes}
 
