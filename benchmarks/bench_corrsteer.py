@@ -9,10 +9,18 @@ from bench_generate import device_line, rates_by_round, write_table
 
 import steerkit as sk
 from steerkit.engine.decode import Sampling, decode
+from steerkit.engine.generate import generate
 from steerkit.engine.tokens import prompt_ids
 from steerkit.methods.corrsteer.correlation import Correlation
-from steerkit.methods.corrsteer.pooling import pool_generations
+from steerkit.methods.corrsteer.pooling import Reading, pool_answers
 from steerkit.store import Work
+
+
+def select(lab, prompts: list[str], sampling: Sampling, batch: int = 64):
+    """The selection pass: texts, and their pooled features."""
+    work = Work(batch, progress=False)
+    tokens = generate(lab, prompts, sampling=sampling, work=work).tokens.tolist()
+    return pool_answers(lab, prompts, tokens, [Reading(lab.saes, "post")], work=work)[0]
 
 
 def questions(n: int) -> list[str]:
@@ -50,7 +58,7 @@ def memory(lab, n: int, *, new: int) -> float:
     sums = {layer: Correlation.empty(sae.W_dec.shape[0], edges=None) for layer, sae in lab.saes.items()}
     sampling = Sampling(temperature=0.0, max_new_tokens=new)
     for at in range(0, n, 64):
-        _, pooled = pool_generations(lab, questions(n)[at : at + 64], sampling=sampling, work=Work(progress=False))
+        pooled = select(lab, questions(n)[at : at + 64], sampling)
         for layer, found in sums.items():
             found.update(pooled.z(layer), torch.arange(len(pooled)) % 2)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -74,15 +82,13 @@ def main() -> None:
     keys = [tuple(i) for i in ids]
 
     calls = {
-        "steerkit.pool_generations, six layers": lambda: pool_generations(
-            lab, prompts, sampling=sampling, work=Work(args.batch, progress=False)
-        ),
+        "steerkit, generate and pool six layers": lambda: select(lab, prompts, sampling, args.batch),
         "the same generation without pooling": lambda: decode(lab.hf, ids, [], rows=range(len(ids)), arm=keys, sampling=sampling),
         "released loop": lambda: released_loop(lab, prompts, new=args.new),
     }
     synchronize = torch.cuda.synchronize if lab.hf.device.type == "cuda" else lambda: None
     rates = rates_by_round(calls, args.batch, rounds=args.rounds, synchronize=synchronize)
-    ours = rates["steerkit.pool_generations, six layers"]
+    ours = rates["steerkit, generate and pool six layers"]
     rows = ["| what | samples/s | steerkit / this, median (lowest to highest) |", "|---|---|---|"]
     for name, each in rates.items():
         ratios = [a / b for a, b in zip(ours, each)]

@@ -152,6 +152,42 @@ def t_interval(values) -> Interval:
     return Interval(mean, mean - half, mean + half, n, df=n - 1)
 
 
+def two_level(total, size, *, runs, groups, n_boot: int = 2000, seed: int = 0) -> Interval:
+    """Return the mean of the runs' means with its interval, where runs (selections, say) and groups of samples (countries) both vary.
+
+    A row is a cell: the sum `total` over `size` samples of one group in one run. Runs are drawn with replacement, and groups, each in all
+    runs that have it, as runs ask partly the same questions (Owen 2007, the pigeonhole bootstrap). The interval is the mean
+    +- t(0.975, runs - 1) sqrt(runs / (runs - 1)) sd of the draws: `t_interval` over runs, and wider where groups differ; percentiles are
+    too narrow for few runs. n is the number of runs. With one run, groups alone are drawn, as in `bootstrap`.
+
+    Raises ValueError for no cells, lengths that differ, or numbers that are not finite.
+
+    >>> str(two_level([1, 3, 2], [10, 10, 10], runs=[0, 1, 2], groups=["a", "a", "a"]))
+    '0.20 [-0.05, 0.45], n = 3'
+    """
+    from scipy.stats import t
+
+    total, size = clean(total, "total"), clean(size, "size")
+    if not len(total) == len(size) == len(runs) == len(groups) or (size <= 0).any():
+        got = [len(x) for x in (total, size, runs, groups)]
+        raise ValueError(f"expected a sum, a positive size, a run and a group for each cell, got {got}")
+    run, group = (np.unique(np.asarray(labels), return_inverse=True)[1] for labels in (runs, groups))
+    shape, rng = (int(run.max()) + 1, int(group.max()) + 1), np.random.default_rng(seed)
+    sums, counts = np.zeros(shape), np.zeros(shape)
+    np.add.at(sums, (run, group), total)
+    np.add.at(counts, (run, group), size)
+    means = sums.sum(1) / counts.sum(1)
+    drawn = rng.multinomial(shape[1], np.full(shape[1], 1 / shape[1]), n_boot) if shape[1] > 1 else np.ones((n_boot, 1))
+    weight = rng.multinomial(shape[0], np.full(shape[0], 1 / shape[0]), n_boot) * ((n := drawn @ counts.T) > 0)
+    found = (weight * (drawn @ sums.T) / np.maximum(n, 1e-300)).sum(1)[(some := weight.sum(1) > 0)] / weight.sum(1)[some]
+    value = float(means.mean())
+    if len(means) == 1:
+        low, high = np.quantile(found, [0.025, 0.975]).tolist() if shape[1] > 1 else (float("nan"),) * 2
+        return Interval(value, low, high, int(size.sum()), shape[1])
+    half = float(t(len(means) - 1).ppf(0.975) * found.std() * (len(means) / (len(means) - 1)) ** 0.5)
+    return Interval(value, value - half, value + half, len(means), df=len(means) - 1)
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """Return p values corrected for asking several questions at once (Holm 1979); nan stays, and does not count as a question.
 

@@ -161,14 +161,14 @@ def decode(
     mask = torch.arange(width, device=device)[None] >= width - lengths[:, None]
     noise = torch.from_numpy(uniforms(sampling.seed, rows, sampling.max_new_tokens)).to(device)
     same = [tuple(p) for p in prompts] if window in ("last", "generated") else arm  # rows alike up to the last token
-    (first, state), (unique, prefix) = _groups(arm, device), _groups(same, device)
+    (first, state), (unique, prefix) = groups(arm, device), groups(same, device)
     cache, tally = DynamicCache(config=model.config), Tally(len(first))
     with packed_linears(model), grouped_attention(model):
         if width > 1:  # all but the last prompt token
             tally = Tally(len(unique))
             prefill = Steering([edit.rows(unique) for edit in edits], prompt_length=lengths[unique], receipt=tally, window=window)
             with attached(model, prefill):
-                _forward(model.base_model, ids[unique, :-1], mask[unique, :-1], cache)
+                forward(model.base_model, ids[unique, :-1], mask[unique, :-1], cache)
             spread = prefix[first]
             tally.select(spread)
             if not torch.equal(spread, torch.arange(len(unique), device=device)):
@@ -199,7 +199,7 @@ def _watching(model: nn.Module, watch: Watch | None) -> Iterator[Callable]:
         yield show
 
 
-def _groups(keys: Sequence[Hashable], device) -> tuple[Int[Tensor, " groups"], Int[Tensor, " rows"]]:
+def groups(keys: Sequence[Hashable], device) -> tuple[Int[Tensor, " groups"], Int[Tensor, " rows"]]:
     """Return the first row of each group of equal keys, and the group of each row."""
     number: dict[Hashable, int] = {}
     group = [number.setdefault(key, len(number)) for key in keys]
@@ -213,7 +213,7 @@ def _decode_steps(model, token, mask, cache, steering: Steering, tally: Tally, n
     found: dict[int, Completion] = {}
     alive = torch.arange(len(state), device=token.device)  # -> row asked for
     for step in range(sampling.max_new_tokens):
-        logits = _forward(model, token, mask, cache, logits_to_keep=1).logits[:, -1].to(token.device)
+        logits = forward(model, token, mask, cache, logits_to_keep=1).logits[:, -1].to(token.device)
         if len(lost := (~torch.isfinite(logits.amax(-1))[state]).nonzero()):  # one pass: a NaN is the largest, -inf may be a mask's
             raise NotFinite(alive[lost[:, 0]].tolist(), step, logits.dtype)
         new = draw(logits, noise[alive, step], sampling, state)
@@ -258,7 +258,8 @@ def _branch(state: Int[Tensor, " rows"], new: Int[Tensor, " rows"], n: int, voca
     return parent, token[:, None], row_state
 
 
-def _forward(module, ids: Int[Tensor, "rows pos"], mask: Tensor, cache, **settings):
+def forward(module, ids: Int[Tensor, "rows pos"], mask: Tensor, cache, **settings):
+    """Feed tokens behind a cache; mask marks the real tokens of both, and pads may stand on either side."""
     position = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     return module(
         input_ids=ids,

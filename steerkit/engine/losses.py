@@ -19,13 +19,17 @@ def forward_losses(model: nn.Module, ids: Int[Tensor, "batch pos"], **inputs) ->
 
     64 rows of 300 tokens have 5 billion logits where the vocabulary has 256,000 tokens: 30 GB with their float32 copy.
     """
-    at_once = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
-    if ids.numel() <= at_once:
+    if ids.numel() <= LOGITS // model.get_output_embeddings().weight.shape[0]:
         return next_token_losses(model(input_ids=ids, use_cache=False, **inputs).logits, ids)
     hidden = model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state[:, :-1].flatten(0, 1)
-    parts = zip(hidden.split(at_once), ids[:, 1:].flatten().split(at_once))
-    losses = [nn.functional.cross_entropy(_logits(model, some).float(), next_ids, reduction="none") for some, next_ids in parts]
-    return torch.cat(losses).view(len(ids), -1)
+    return hidden_losses(model, hidden, ids[:, 1:].flatten()).view(len(ids), -1)
+
+
+def hidden_losses(model: nn.Module, hidden: Float[Tensor, "n d_model"], next_ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Return -log p(next token) in nats, in float32, from what the last norm puts out; never more than `LOGITS` logits at a time."""
+    at_once = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
+    parts = zip(hidden.split(at_once), next_ids.split(at_once))
+    return torch.cat([nn.functional.cross_entropy(_logits(model, some).float(), ids, reduction="none") for some, ids in parts])
 
 
 def _logits(model: nn.Module, hidden: Float[Tensor, "some d_model"]) -> Float[Tensor, "some vocab"]:

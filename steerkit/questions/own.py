@@ -1,8 +1,9 @@
-"""Own tasks for a small chat model, without a download: facts about countries, arithmetic, letter choice, refusal."""
+"""Own tasks for a small chat model, without a download: facts about countries, also as options, arithmetic, refusal."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 from zlib import crc32
@@ -13,11 +14,11 @@ from pydantic import Field
 from steerkit.files import DATA
 from steerkit.questions.correct import LETTERS, contains, normal
 from steerkit.questions.countries import Country, countries
-from steerkit.questions.released import choose
+from steerkit.questions.released import choose, cloze
 from steerkit.questions.task import Question, Task
 from steerkit.typed import STRICT, Text, read_yaml
 
-TASKS = ("facts", "letters", "arithmetic", "refusal")
+TASKS = ("facts", "letters", "facts_options", "arithmetic", "refusal")
 REQUESTS = DATA / "prompts" / "requests.yaml"
 
 # fmt: off
@@ -55,8 +56,8 @@ def _asked() -> Iterator[tuple[Country, str, int, str]]:
 
 
 def _fields(task: str, country: Country, relation: str, n: int) -> dict:
-    unit = f"{country.continent}:{country.iso}"
-    return {"task": task, "id": f"{country.iso}-{relation}-{n}".replace(" ", "-"), "group": unit, "kind": relation}
+    item = f"{country.iso}-{relation}".replace(" ", "-")
+    return {"task": task, "id": f"{item}-{n}", "group": f"{country.continent}:{country.iso}", "kind": relation, "item": item}
 
 
 def facts() -> tuple[Question, ...]:
@@ -67,8 +68,8 @@ def facts() -> tuple[Question, ...]:
     return tuple(Question(**_fields("facts", c, r, n), prompt=question, gold=c.answers[r]) for c, r, n, question in _asked())
 
 
-def letters() -> tuple[Question, ...]:
-    """Return the same facts as four-option questions in the released prompt form: one right option, three of other countries.
+def letters(name: str = "letters", ask: Callable = choose) -> tuple[Question, ...]:
+    """Return the same facts as four-option questions, by default in the released prompt form: one right option, three of other countries.
 
     Wrong options come from the same continent where it has enough. The group is the country that is asked about; other countries lend
     their answers as wrong options. Each letter is right equally often.
@@ -78,7 +79,7 @@ def letters() -> tuple[Question, ...]:
     places = np.random.default_rng(0).permutation(np.arange(len(asked)) % 4).tolist()
     found = []
     for (country, relation, n, question), right in zip(asked, places):
-        fields, gold = _fields("letters", country, relation, n), country.answers[relation]
+        fields, gold = _fields(name, country, relation, n), country.answers[relation]
         rng = np.random.default_rng(crc32(fields["id"].encode()))
         near = [c for c in everyone if c.continent == country.continent]
         wrong: list[str] = []
@@ -89,7 +90,7 @@ def letters() -> tuple[Question, ...]:
             if len(wrong) == 3:
                 break
         choices = (*wrong[:right], gold.split(" | ")[0], *wrong[right:])
-        prompt = choose(question, choices, "A, B, C, or D")
+        prompt = ask(question, choices, "A, B, C, or D")
         found.append(Question(**fields, prompt=prompt, gold=LETTERS[right], choices=choices))
     return tuple(found)
 
@@ -120,9 +121,9 @@ def arithmetic(*, pairs: int = 2000) -> tuple[Question, ...]:
             for a, b, w in drawn:
                 if result(a, b) < 0 or result(a, b) in (a, b):
                     continue
-                name, group = f"{digits}-digit {kind}", f"{digits}:{a} {digits}:{b}"
+                name, group, item = f"{digits}-digit {kind}", f"{digits}:{a} {digits}:{b}", f"{kind}-{a}-{b}"
                 prompt = f"Q: {wordings[w].format(a=a, b=b)}\nA:"
-                found.append(Question("arithmetic", f"{kind}-{a}-{b}-{w}", group, prompt, str(result(a, b)), kind=name))
+                found.append(Question("arithmetic", f"{item}-{w}", group, prompt, str(result(a, b)), kind=name, item=item))
     return tuple(found)
 
 
@@ -170,7 +171,10 @@ def refusal(path: str | Path | None = None) -> tuple[Question, ...]:
 
 
 def load_own(name: str, source: str | Path | None = None) -> Task:
-    """Return an own task: facts, letters, arithmetic, or refusal (from the YAML file `source`). Raises ValueError for another source."""
+    """Return an own task: facts, letters, facts_options (the same, scored by log-likelihood), arithmetic, or refusal.
+
+    refusal is read from the YAML file `source`. Raises ValueError for a source of another.
+    """
     if source is not None and name != "refusal":
         raise ValueError(f"{name}: expected no source, got {source}; this task makes its questions by itself")
     if name == "refusal":
@@ -178,6 +182,7 @@ def load_own(name: str, source: str | Path | None = None) -> Task:
     make, answer, length, chat = {
         "facts": (facts, "contains", 24, True),
         "letters": (letters, "letter", 1, False),
+        "facts_options": (partial(letters, "facts_options", cloze), "options", 1, False),
         "arithmetic": (arithmetic, "result", 16, True),
     }[name]
     return Task(name, answer, length, chat, {"all": make()}, units=True)

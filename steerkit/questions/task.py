@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from steerkit.questions.correct import Grades, grade
+import numpy as np
+
+from steerkit.questions.correct import LETTERS, Grades, grade
 from steerkit.questions.graders import Grader
 
 
@@ -18,6 +20,7 @@ class Question:
     gold: str  # a letter; a number; refuse or answer; or answers that all count, written "this | that"
     choices: tuple[str, ...] = ()
     kind: str = ""  # what to break results down by
+    item: str = ""  # what several questions ask in other words: a fact, a template; empty: no other question asks it
     meta: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
@@ -25,8 +28,10 @@ class Question:
 class Task:
     """A task with its questions by part: `all` where it has no test split of its own, else `train`, `test`, perhaps `validation`.
 
-    answer names the rule of correctness: letter, number, similar, refusal, contains or result. chat: the prompt goes through the
-    chat template. units: `split` keeps the units of a group (a country, two numbers) within one split.
+    answer names the rule of correctness: letter, number, similar, refusal, contains or result for texts, and options where the model
+    does not write, but the likeliest option counts as its answer (`choose`). chat: the prompt goes through the chat template.
+    units: `split` keeps the units of a group (a country, two numbers) within one split. per_character: options are compared by
+    log-likelihood a character, as `acc_norm` of the evaluation harness, not by the sum, as its `acc`.
     """
 
     name: str
@@ -36,6 +41,24 @@ class Task:
     parts: Mapping[str, tuple[Question, ...]]
     units: bool = False
     grader: str = "auto"
+    per_character: bool = False
+
+    def said(self, question: Question) -> str:
+        """Return the right answer as one would write it: the option, where options are scored, or the first of the answers that count."""
+        return question.choices[LETTERS.index(question.gold)] if self.answer == "options" else question.gold.split(" | ")[0]
+
+    def choose(self, loglik: Sequence[float], question: Question) -> tuple[str, float]:
+        """Return the option with the highest log-likelihood, and the margin of the right one over the best of the others, in nats.
+
+        The answer is right where the margin is above 0: a tie is not. Both by character where the task says so.
+
+        >>> toy = Task("toy", "options", 1, False, {})
+        >>> toy.choose([-2.0, -5.0], Question("toy", "1", "g", "The sky is", "B", ("blue", "green")))
+        ('blue', -3.0)
+        """
+        scores = np.array(loglik) / [len(c) if self.per_character else 1 for c in question.choices]
+        gold = LETTERS.index(question.gold)
+        return question.choices[int(scores.argmax())], float(scores[gold] - np.delete(scores, gold).max())
 
     def grade(self, texts: Sequence[str], questions: Sequence[Question], *, rule: str = "released", grader: str | Grader = "") -> Grades:
         """Return for every text whether it is right, its outcome, and the name of what decided.

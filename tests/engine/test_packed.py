@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from steerkit.engine.packed import packed_encode, packed_linears
+from steerkit.engine.packed import packed_linears
 
 
 @pytest.mark.parametrize("dtype,near", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
@@ -21,20 +21,6 @@ def test_packed_linears_agree_with_torch_and_leave_the_model_as_it_was(dtype, ne
         with packed_linears(model):
             torch.testing.assert_close(model(input_ids=ids).logits, 2 * plain, rtol=near, atol=10 * near)
     assert not any("forward" in m.__dict__ for m in model.modules())
-
-
-def test_packed_encoder_agrees_with_the_definition_and_follows_its_weights():
-    sae, x = tiny.planted_sae(), torch.randn(5, tiny.D_MODEL, generator=torch.Generator().manual_seed(0)) * 20
-    for scale in (1.0, 3.0):
-        with torch.no_grad():
-            sae.W_enc.mul_(scale)  # a changed weight is packed again
-            found = packed_encode(sae)(x)
-        W, b, theta, b_dec = (p.detach().double() for p in (sae.W_enc, sae.b_enc, sae.threshold, sae.b_dec))
-        pre = (x.double() - b_dec * sae.cfg.apply_b_dec_to_input) @ W + b
-        torch.testing.assert_close(found.double(), pre.clamp_min(0) * (pre > theta), rtol=1e-4, atol=1e-3)
-        assert 0 < (found > 0).float().mean() < 1
-    wide = tiny.planted_sae().double()
-    assert packed_encode(wide) == wide.encode  # another dtype: its own
 
 
 def test_packed_linears_may_be_nested():

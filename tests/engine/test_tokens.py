@@ -10,7 +10,6 @@ from steerkit.features import token_batches
 from steerkit.judges.coherence import split
 from steerkit.methods.corrsteer import trial
 from steerkit.methods.corrsteer.lora import lora
-from steerkit.methods.corrsteer.pooling import pool_generations
 from steerkit.methods.output_scores import success
 from steerkit.methods.sae_ts.calibration import calibration_rows
 from steerkit.questions import Question, Task
@@ -82,7 +81,6 @@ def test_every_part_stops_at_the_models_own_end_token(monkeypatch, ends):
 
     for module in (axbench, bcs, success, trial):
         monkeypatch.setattr(module, "generate", watch)
-    monkeypatch.setattr("steerkit.methods.corrsteer.pooling.decode", watch)
     monkeypatch.setattr(success, "period_tokens", lambda tok: [])
     lab, task = tiny.lab() if ends else endless(), Task("toy", "contains", 3, False, {})
     if ends:
@@ -92,11 +90,10 @@ def test_every_part_stops_at_the_models_own_end_token(monkeypatch, ends):
         lambda: bcs.sweep(lab, {}),
         lambda: success.sweep(lab, {1: [0]}, {1: torch.tensor([[1]])}, prompts=["a"]),
         lambda: trial.ask(lab, task, [question("So")]),
-        lambda: pool_generations(lab, ["a"]),
     ):
         with pytest.raises(Enough):
             call()
-    assert seen == [ends] * 5
+    assert seen == [ends] * 4
 
 
 def test_without_any_end_token_a_text_runs_to_its_length():

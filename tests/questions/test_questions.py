@@ -7,6 +7,7 @@ import re
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -109,9 +110,83 @@ def test_other_forms_of_the_rows(tmp_path):
     assert [q.id for q in nine] == ["test-1"], "only questions with ten options, as in the released copy"
 
 
-def test_parquet_reads_like_jsonl(tmp_path):
-    import pandas as pd
+ARC = {"question": "What melts?", "choices": {"text": ["ice", "fire", "wind"], "label": ["1", "2", "3"]}, "answerKey": "2"}
+PIQA = {"goal": "Open a jar.", "sol1": "Twist the lid.", "sol2": "Sing to it.", "label": 1}
+PAIR = {"sentence_good": "Who should Al hug after it?", "sentence_bad": "Who should Al hug it after?", "field": "syntax", "UID": "island"}
+SCORED = {
+    "mmlu_options": (MMLU, "Question: Which is a fruit?\nAnswer:", "pear"),
+    "mmlu_pro_options": (PRO, "Question: Pick the fourth.\nAnswer:", "no. 3"),
+    "bbq_ambig_options": (bbq(), "Question: An aunt and a niece met.\nWho was late?\nAnswer:", "Not known"),
+    "arc_easy": (ARC, "Question: What melts?\nAnswer:", "fire"),
+    "piqa": (PIQA, "Question: Open a jar.\nAnswer:", "Sing to it."),
+    "blimp": (PAIR, "Who should Al hug", "after it?"),
+}
 
+
+@pytest.mark.parametrize("name", SCORED)
+def test_where_options_are_scored_the_prompt_names_none_of_them(name, tmp_path):
+    row, prompt, right = SCORED[name]
+    task = load(name, {"test": write(tmp_path / "rows.jsonl", [row])})
+    (q,) = task.parts["test"]
+    assert (q.prompt, task.said(q), task.answer, task.chat) == (prompt, right, "options", False) and right in q.choices
+    assert task.per_character is (name != "blimp")
+
+
+def test_pairs_without_a_shared_beginning_and_questions_without_a_label_are_left_out(tmp_path):
+    none = PAIR | {"sentence_good": "Al runs.", "sentence_bad": "Bo runs."}
+    longer = PAIR | {"sentence_good": "Al runs.", "sentence_bad": "Al runs. Fast."}
+    (kept,) = load("blimp", write(tmp_path / "b.jsonl", [none, longer, PAIR])).parts["all"]
+    assert kept.id == "all-2" and kept.choices == ("after it?", "it after?") and kept.group == kept.kind == "island"
+    (kept,) = load("piqa", write(tmp_path / "p.jsonl", [PIQA | {"label": -1}, PIQA | {"label": "0"}])).parts["all"]
+    assert kept.gold == "A"
+
+
+def test_a_pair_is_preferred_by_its_rest_as_by_the_whole_sentences(tmp_path):
+    """Behind the words that they share, the options differ in log-likelihood by as much as the sentences do."""
+    import tiny
+    import torch
+
+    from steerkit.engine.options import option_logliks
+    from steerkit.scores.capability import prefers_good
+
+    lab, words, rng = tiny.lab(), ["cat", "dogs", "a", "sleep", "the", "sees"], np.random.default_rng(0)
+    pairs = [[" ".join(["the cat", *rng.choice(words, 3)]) for _ in "ab"] for _ in range(12)]
+    rows = [{"sentence_good": a, "sentence_bad": b, "field": "f", "UID": "u"} for a, b in pairs if a != b]
+    task = load("blimp", write(tmp_path / "b.jsonl", rows))
+    asked = task.parts["all"]
+    found = option_logliks(lab, [q.prompt for q in asked], [[f" {c}" for c in q.choices] for q in asked]).loglik
+    margins = np.array([task.choose(loglik, q)[1] for loglik, q in zip(found, asked)])
+    whole = prefers_good(lab.at(1), pd.DataFrame(rows), torch.zeros(1, tiny.D_MODEL), [0.0])[0, 0]
+    assert np.abs(margins).min() > 1e-3 and (whole == (margins > 0)).all() and 0 < whole.mean() < 1
+
+
+def test_the_likeliest_option_is_the_answer_and_a_tie_is_not_right():
+    q = Question("t", "1", "g", "?", "B", ("two words", "one"))
+    whole, by_character = (Task("t", "options", 1, False, {}, per_character=per) for per in (False, True))
+    assert whole.choose([-8.0, -4.0], q) == ("one", 4.0)
+    text, margin = by_character.choose([-8.0, -4.0], q)
+    assert text == "two words" and margin == pytest.approx(-4 / 3 + 8 / 9)
+    assert whole.choose([-4.0, -4.0], q) == ("two words", 0.0)
+
+
+def test_questions_that_ask_the_same_share_an_item(own):
+    facts = own["facts"].parts["all"]
+    wordings = [len(list(some)) for _, some in itertools.groupby(sorted(q.item for q in facts))]
+    assert set(wordings) <= {1, 2, 3, 4} and np.mean(wordings) > 2.5
+    by_item = {}
+    for q in facts:
+        assert by_item.setdefault(q.item, (q.group, q.kind, q.gold)) == (q.group, q.kind, q.gold)
+    options, letters = load("facts_options").parts["all"], own["letters"].parts["all"]
+    assert [(q.id, q.choices, q.gold, q.item) for q in options] == [(q.id, q.choices, q.gold, q.item) for q in letters]
+    assert all(q.prompt == "Question: " + o.prompt.split("\nA. ")[0] + "\nAnswer:" for q, o in zip(options, letters))
+
+
+def test_harmbench_in_the_chat_template_is_the_bare_request(tmp_path):
+    task = load("harmbench_chat", write(tmp_path / "h.jsonl", [HARM, HUB_HARM]))
+    assert task.chat and [q.prompt for q in task.parts["all"]] == ["Do the bad thing", "There is a thing.\nDo the bad thing"]
+
+
+def test_parquet_reads_like_jsonl(tmp_path):
     pd.DataFrame([bbq(n=0), bbq("disambig", n=1)]).to_parquet(tmp_path / "b.parquet")
     lines = write(tmp_path / "b.jsonl", [bbq(n=0), bbq("disambig", n=1)])
     assert load("bbq_ambig", tmp_path / "b.parquet").parts == load("bbq_ambig", lines).parts
@@ -124,6 +199,7 @@ def test_parquet_reads_like_jsonl(tmp_path):
         ("harmbench", HUB_HARM, [("walledai/HarmBench", c, "train") for c in ("contextual", "copyright", "standard")]),
         ("gsm8k", GSM, [("openai/gsm8k", "main", s) for s in ("train", "test")]),
         ("xstest", SAFE, [("my/copy", "default", "test")]),
+        ("blimp", PAIR, [("nyu-mll/blimp", kind, "train") for kind in ("one", "two")]),
     ],
 )
 def test_hub_ids_configurations_and_splits(name, row, asked, monkeypatch):
@@ -133,6 +209,7 @@ def test_hub_ids_configurations_and_splits(name, row, asked, monkeypatch):
         return [row]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda hub: ["one", "two"])
     task = load(name, "my/copy" if name == "xstest" else None)
     assert calls == asked and sum(map(len, task.parts.values())) == len(asked)
 
@@ -597,6 +674,11 @@ def test_public_files_give_the_published_splits(bench):
     assert sizes(load("harmbench", at("harmbench"))) == [108, 12, 280]
     assert sizes(load("xstest", at("xstest"))) == [121, 14, 315]
     assert sizes(load("simpleqa", at("simpleqa"))) == [1167, 130, 3029]
+    assert sizes(load("harmbench_chat", at("harmbench"))) == [108, 12, 280]
+    pairs = load("blimp", at("blimp")).parts["all"]
+    assert len(pairs) == 59_016 and len({q.group for q in pairs}) == 60, "of seven kinds no pair shares its first word"
+    same = [split(load(name, at("mmlu_test")), 1, selection=50).test[:50] for name in ("mmlu", "mmlu_options")]
+    assert [q.id for q in same[0]] == [q.id for q in same[1]], "the same questions in both forms"
     mmlu = load("mmlu", {"test": at("mmlu_test"), "train": at("mmlu_dev")})
     assert len(mmlu.parts["test"]) == 14042 and all(q.gold in "ABCD" and len(q.choices) == 4 for q in mmlu.parts["test"])
     pro = load("mmlu_pro", at("mmlu_pro_test"))

@@ -3,6 +3,7 @@
 from steerkit.lazy import lazily
 
 MODULES = {
+    "answers": "steerkit.methods.corrsteer.answers",
     "correlation": "steerkit.methods.corrsteer.correlation",
     "trial": "steerkit.methods.corrsteer.trial",
     "lora": "steerkit.methods.corrsteer.lora",

@@ -2,16 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from inspect import signature
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from steerkit.engine.lab import Lab
 from steerkit.engine.tokens import closing_tokens, prompt_ids
+from steerkit.methods.corrsteer.trial import Choice, Trial, answer
 from steerkit.progress import bar
 from steerkit.questions import Question
+from steerkit.store import Journal, Work, fingerprint
 
 
 def target(question: Question) -> str:
@@ -105,3 +110,20 @@ def _padded(rows: Sequence[tuple[list[int], int]], pad: int) -> tuple[Tensor, Te
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in rows])
     labels = torch.tensor([[-100] * start + row[start:] + [-100] * (width - len(row)) for row, start in rows])
     return ids, mask, labels
+
+
+def tuned(lab: Lab, found: Trial, *, epochs: float = 1.0, work: Work = Work()) -> pd.DataFrame:
+    """Return the test answers of the model after LoRA on the trial's selection questions, graded as the trial's own.
+
+    work.out is a folder: the answers are kept there, and what was learned is not learned again; the tuned model is not kept.
+    """
+    task, seed = replace(found.task, parts={}), found.plan.seed
+    parts = (lab.hf, task, found.asked, found.test, seed, epochs, str(signature(lora)), work.rows(64))
+    key = fingerprint(*parts) if work.out else ""
+    journal = Journal(work.path(key, f"lora-{key}.jsonl"), key)
+    if not journal.has(range(len(found.test))):
+        learned = [replace(q, gold=task.said(q)) for q in found.asked]
+        with lora(lab, learned, chat=task.chat, epochs=epochs, seed=seed) as model:
+            answers = answer(model, task, found.test, [Choice("LoRA, same questions")], found.readings, work=replace(work, out=None))
+        journal.write(answers.assign(row=range(len(answers))).to_dict("records"))
+    return pd.DataFrame([journal.rows[row] for row in range(len(found.test))]).drop(columns="row")

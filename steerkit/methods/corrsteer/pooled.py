@@ -1,11 +1,11 @@
-"""Pooled features of many samples, kept sparse: correlations, nulls, subsets and bootstraps read them again for little."""
+"""Pooled features of many answers, kept sparse: correlations, nulls, subsets and bootstraps read them again for little."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
@@ -16,17 +16,18 @@ POOLS = ("max", "mean")
 
 @dataclass(frozen=True)
 class Pooled:
-    """Generated tokens and pooled features of n samples, sparse: a few kB a sample and layer, so all that follows is cheap.
+    """Pooled features of n answers, sparse: a few kB an answer and layer, so all that follows is cheap.
 
-    window: positions pooled over. features: {layer: {"max": [n, d], "mean": [n, d]}}, float32.
+    window: positions pooled over. features: {layer: {"max": [n, d], "mean": [n, d]}}, float32. norm: {layer: [n]}, the mean |x| of the
+    residual stream over the positions, at the place where the layer's features are read.
     """
 
-    tokens: list[list[int]]
     window: Int[np.ndarray, " n"]
     features: dict[int, dict[str, csr_array]]
+    norm: dict[int, Float[np.ndarray, " n"]]
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.window)
 
     def z(self, layer: int, pool: str = "max") -> csr_array:
         """Return the pooled features of a layer, [n, d]; ValueError for a layer or pooling that is not there."""
@@ -50,21 +51,22 @@ class Pooled:
         """Return a selection of samples, in the order given; repeats are allowed."""
         rows = np.asarray(rows, dtype=np.int64)
         features = {layer: {pool: z[rows] for pool, z in pools.items()} for layer, pools in self.features.items()}
-        return Pooled([self.tokens[i] for i in rows], self.window[rows], features)
+        return Pooled(self.window[rows], features, {layer: norm[rows] for layer, norm in self.norm.items()})
 
     @classmethod
     def join(cls, parts: Sequence["Pooled"]) -> "Pooled":
         """Return the samples of all parts, one after the other."""
-        features = {layer: {pool: vstack([p.z(layer, pool) for p in parts], format="csr") for pool in POOLS} for layer in parts[0].features}
-        return cls([t for p in parts for t in p.tokens], np.concatenate([p.window for p in parts]), features)
+        layers = parts[0].features
+        features = {layer: {pool: vstack([p.z(layer, pool) for p in parts], format="csr") for pool in POOLS} for layer in layers}
+        norm = {layer: np.concatenate([p.norm[layer] for p in parts]) for layer in layers}
+        return cls(np.concatenate([p.window for p in parts]), features, norm)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what `of` makes the same samples from: tokens, windows, and a layer's one sparsity pattern with its values."""
-        found = {"window": self.window, "lengths": np.array([len(t) for t in self.tokens], dtype=np.int64)}
-        found["tokens"] = np.array([i for t in self.tokens for i in t], dtype=np.int32)
-        found["layers"] = np.array(list(self.features), dtype=np.int64)
+        """Return what `of` makes the same samples from: windows, norms, and a layer's one sparsity pattern with its values."""
+        found = {"window": self.window, "layers": np.array(list(self.features), dtype=np.int64)}
         found["widths"] = np.array([pools["max"].shape[1] for pools in self.features.values()], dtype=np.int64)
         for layer, pools in self.features.items():
+            found[f"{layer}.norm"] = self.norm[layer]
             found[f"{layer}.indptr"] = pools["max"].indptr.astype(np.int64)
             found[f"{layer}.indices"] = pools["max"].indices.astype(np.int32)
             found |= {f"{layer}.{pool}": pools[pool].data for pool in POOLS}
@@ -74,12 +76,12 @@ class Pooled:
     def of(cls, tensors: Mapping[str, Tensor]) -> "Pooled":
         """Return the samples that `tensors` came from."""
         found = {name: values.numpy() for name, values in tensors.items()}
-        n, ends = len(found["window"]), np.cumsum(found["lengths"])[:-1]
+        layers, n = found["layers"].tolist(), len(found["window"])
         features = {
             layer: {
                 pool: csr_array((found[f"{layer}.{pool}"], found[f"{layer}.indices"], found[f"{layer}.indptr"]), shape=(n, d))
                 for pool in POOLS
             }
-            for layer, d in zip(found["layers"].tolist(), found["widths"].tolist())
+            for layer, d in zip(layers, found["widths"].tolist())
         }
-        return cls([part.tolist() for part in np.split(found["tokens"], ends)], found["window"], features)
+        return cls(found["window"], features, {layer: found[f"{layer}.norm"] for layer in layers})

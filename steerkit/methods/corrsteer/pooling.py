@@ -1,6 +1,7 @@
-"""One greedy pass that gives texts and SAE features pooled over the positions that predict them (CorrSteer, arXiv 2508.12535)."""
+"""SAE features pooled over the positions that predict an answer's tokens (CorrSteer, arXiv 2508.12535)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -9,27 +10,38 @@ from jaxtyping import Float
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from steerkit.engine.decode import Sampling, Watch, decode
 from steerkit.engine.lab import Lab
 from steerkit.engine.memory import halving
-from steerkit.engine.packed import packed_encode
+from steerkit.engine.packed import packed_linears
 from steerkit.engine.tokens import prompt_ids
+from steerkit.features import residuals
 from steerkit.inputs import strings
 from steerkit.methods.corrsteer.pooled import Pooled
 from steerkit.progress import bar
 from steerkit.store import Parts, Work, fingerprint
 
-SITES = ("post", "pre")
+SITES = ("pre", "post")
+AT_ONCE = 1024  # positions whose features are dense together
 
 
-def block_of(layer: int, site: str) -> int:
-    """Return the block whose output is read and steered: `layer` for "post", the SAE's own hook; `layer` - 1 for "pre".
+@dataclass(frozen=True)
+class Reading:
+    """Where features are read and steered: SAEs by layer, and the site.
 
-    The released code uses SAE L on the input of block L, which is the output of block L - 1, and never layer 0.
+    site "pre", as released: SAE L on what enters block L, which is the output of block L - 1, and never layer 0. "post": the SAE's own
+    hook, the output of block L. Raises ValueError for another site, or "pre" at layer 0.
     """
-    if site not in SITES or (site == "pre" and layer == 0):
-        raise ValueError(f'site: expected "post" or "pre" ("pre" from layer 1 on), got {site!r} at layer {layer}')
-    return layer - (site == "pre")
+
+    saes: Mapping[int, object]
+    site: str = "pre"
+
+    def __post_init__(self) -> None:
+        if self.site not in SITES or (self.site == "pre" and 0 in self.saes):
+            raise ValueError(f'site: expected "pre" (from layer 1 on) or "post", got {self.site!r} for layers {sorted(self.saes)}')
+
+    def block(self, layer: int) -> int:
+        """Return the block whose output is read and steered."""
+        return layer - (self.site == "pre")
 
 
 class Raw:
@@ -37,112 +49,89 @@ class Raw:
 
     dtype = torch.float32
 
-    def __init__(self, d_model: int):
-        self.W_dec = torch.eye(d_model)
+    def __init__(self, d_model: int, device: torch.device | str = "cpu"):
+        self.W_dec = torch.eye(d_model, device=device)
 
     def encode(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """Return the residual stream itself."""
         return resid
 
 
-class Pooler:
-    """Running max and running mean of each row's features, fed by the decode: memory O(rows x d_sae x layers)."""
-
-    def __init__(self, saes: Mapping[int, object], rows: int, *, site: str = "post", min_window: int = 0, device="cpu"):
-        self.saes, self.site, self.min_window = saes, site, min_window
-        self.encode = {layer: packed_encode(sae) for layer, sae in saes.items()}
-        size = {layer: (rows, sae.W_dec.shape[0]) for layer, sae in saes.items()}
-        self.peak = {layer: torch.full(shape, -torch.inf, device=device) for layer, shape in size.items()}
-        self.total = {layer: torch.zeros(shape, device=device) for layer, shape in size.items()}
-        self.window = torch.zeros(rows, dtype=torch.long, device=device)
-        self.watch = Watch(tuple({block_of(layer, site) for layer in saes}), self.each)
-
-    def each(self, step: int, rows: Tensor, stopped: Tensor, resid: dict[int, Tensor]) -> None:
-        """Encode one position a row, all rows at once, unless it predicts the end."""
-        keep = ~stopped | (step < self.min_window)
-        index = rows[keep]
-        self.window[index] += 1
-        whole = len(index) == len(self.window)  # rows come in their order
-        for layer, sae in self.saes.items():
-            read = resid[block_of(layer, self.site)]
-            z = self.encode[layer](read[keep.to(read.device)].to(sae.W_dec.device, sae.dtype)).float().to(self.window.device)
-            peak, total = self.peak[layer], self.total[layer]
-            if whole:
-                torch.maximum(peak, z, out=peak)
-                total += z
-            else:
-                peak[index] = torch.maximum(peak[index], z)
-                total.index_add_(0, index, z)
-
-    def pooled(self, tokens: list[list[int]]) -> Pooled:
-        """Return what was gathered; a row without a position is zero."""
-        features = {}
-        for layer, peak in self.peak.items():
-            top = torch.where(self.window[:, None] > 0, peak, 0.0)
-            mean = self.total[layer] / self.window.clamp_min(1)[:, None]
-            row, column = ((top != 0) | (mean != 0)).nonzero(as_tuple=True)
-            indptr = np.append(0, torch.bincount(row, minlength=len(top)).cumsum(0).cpu().numpy())
-            place = (column.int().cpu().numpy(), indptr)
-            features[layer] = {
-                "max": csr_array((top[row, column].cpu().numpy(), *place), shape=tuple(top.shape)),
-                "mean": csr_array((mean[row, column].cpu().numpy(), *place), shape=tuple(top.shape)),
-            }
-        return Pooled(tokens, self.window.cpu().numpy(), features)
-
-
 @torch.inference_mode()
-def pool_generations(
+def pool_answers(
     lab: Lab,
     prompts: Iterable[str],
+    answers: Sequence[list[int]],
+    readings: Sequence[Reading],
     *,
-    saes: Mapping[int, object] | None = None,
-    sampling: Sampling | None = None,
-    site: str = "post",
-    min_window: int | None = None,
+    min_window: int = 0,
     chat: bool = False,
     work: Work = Work(),
-) -> tuple[list[str], Pooled]:
-    """Complete prompts greedily without steering; return the texts and the pooled features of every layer in `saes`.
+) -> list[Pooled]:
+    """Return, for each reading, the features pooled over each answer, of the model without steering, and the mean |x| read.
 
-    z_i = max or mean over t of encode(h_t)_i, t from the last prompt token to the last token that predicts another; the
-    step that predicts the end counts only if it is among the first `min_window` (released: 1 for one-token answers, the
-    default there, else 0, so that a text that ends at once has zeros).
-    saes: {layer: SAE, or `Raw` for residual coordinates}, by default the lab's. sampling: by default greedy, 32 new tokens, up to
-    what ends a text of this model (`Lab.ends`). site: "post", or "pre" as released (see `block_of`). Batches of 64 rows
-    unless work says so; work.out is a folder: finished batches are on disk there, and the same call carries on.
+    z_i = max or mean over t of encode(x_t)_i, t from the last prompt token to the last token that predicts another. answers: the
+    tokens of each, without what ends it. The step that predicts the end counts only among the first `min_window` (released: 1 for
+    one-token answers, so that they always have a position; else 0: an answer that ends at once is zero). One pass over prompt and answer
+    serves all readings, and gives what a decode step by step would see. Batches of 64 unless work says so; work.out is a folder,
+    where finished batches are kept.
 
-    Raises ValueError for a temperature above 0, other settings out of range, or an `out` with another run's files.
+    Raises ValueError for no prompts or readings, numbers that differ, a layer that the model lacks, or an `out` with another run's files.
 
-    >>> texts, pooled = pool_generations(lab, prompts)    # doctest: +SKIP
-    >>> pooled.correlation(13, correct).r().max()         # doctest: +SKIP
+    >>> (pooled,) = pool_answers(lab, prompts, texts.tokens.tolist(), [Reading(lab.saes)])    # doctest: +SKIP
+    >>> pooled.correlation(13, correct).r().max()                                             # doctest: +SKIP
     """
-    prompts, saes, size = strings("prompts", prompts), dict(lab.saes if saes is None else saes), work.rows(64)
-    sampling = sampling or Sampling(temperature=0.0, stop=lab.ends)
-    if not prompts or not saes:
-        raise ValueError(f"expected at least one prompt and SAE, got {len(prompts)} and {len(saes)}")
-    if sampling.temperature:
-        raise ValueError(f"sampling: expected greedy decoding, as a prompt has one text here, got {sampling}: set temperature=0")
-    for layer in saes:
+    prompts, size = strings("prompts", prompts), work.rows(64)
+    if not prompts or len(answers) != len(prompts) or not readings or not all(reading.saes for reading in readings):
+        raise ValueError(f"expected prompts, an answer for each, and SAEs, got {len(prompts)}, {len(answers)} and {list(readings)}")
+    for layer in (layer for reading in readings for layer in reading.saes):
         lab.block(layer)
-    min_window = int(sampling.max_new_tokens == 1) if min_window is None else min_window
-    ids = [prompt_ids(lab.tokenizer, prompt, chat=chat) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda r: (len(ids[r]), r))  # rows of like length share a batch
+    rows = [(prompt_ids(lab.tokenizer, prompt, chat=chat), list(answer)) for prompt, answer in zip(prompts, answers)]
+    order = sorted(range(len(rows)), key=lambda r: (len(rows[r][0]) + len(rows[r][1]), r))  # rows of like length share a batch
     batches = [order[i : i + size] for i in range(0, len(order), size)]
-    key = fingerprint(lab.hf, ids, saes, sampling, site, min_window, size) if work.out else ""
+    key = fingerprint(lab.hf, rows, list(readings), min_window, size) if work.out else ""
     kept, found = Parts(work.path(key), key), []
-    do = partial(_batch, lab, saes, sampling, site, min_window)
     for number, batch in enumerate(bar(batches, "pool", "batch", show=work.progress)):
         part = kept.get(name := f"batch_{number:05d}")
-        found.append(Pooled.join(halving(do, [ids[r] for r in batch])) if part is None else Pooled.of(part))
         if part is None:
-            kept.put(name, found[-1].tensors())
-    pooled = Pooled.join(found).take(np.argsort(order))
-    return [lab.tokenizer.decode(t) for t in pooled.tokens], pooled
+            done = halving(partial(_batch, lab, readings, min_window), [rows[r] for r in batch])
+            found.append([Pooled.join(some) for some in zip(*done)])
+            kept.put(name, {f"{n}/{key}": tensor for n, some in enumerate(found[-1]) for key, tensor in some.tensors().items()})
+        else:
+            each = [{k.partition("/")[2]: tensor for k, tensor in part.items() if k.startswith(f"{n}/")} for n in range(len(readings))]
+            found.append([Pooled.of(tensors) for tensors in each])
+    return [Pooled.join(parts).take(np.argsort(order)) for parts in zip(*found)]
 
 
-def _batch(lab: Lab, saes, sampling: Sampling, site: str, min_window: int, ids: list[list[int]]) -> Pooled:
-    """Decode and pool a batch."""
-    pooler = Pooler(saes, len(ids), site=site, min_window=min_window, device=lab.hf.device)
-    same = [tuple(i) for i in ids]
-    done = decode(lab.hf, ids, [], rows=range(len(ids)), arm=same, sampling=sampling, watch=pooler.watch)
-    return pooler.pooled([d.tokens for d in done])
+def _batch(lab: Lab, readings: Sequence[Reading], min_window: int, rows: list[tuple[list[int], list[int]]]) -> list[Pooled]:
+    device, window = lab.hf.device, torch.tensor([max(len(answer), min_window) for _, answer in rows])
+    whole = [prompt + answer[:-1] for prompt, answer in rows]  # the last token predicts no other
+    width = max(map(len, whole))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in whole], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in whole], device=device)
+    row = torch.repeat_interleave(torch.arange(len(rows)), window)
+    place = torch.cat([torch.arange(len(prompt) - 1, len(prompt) - 1 + n) for (prompt, _), n in zip(rows, window.tolist())])
+    blocks = sorted({reading.block(layer) for reading in readings for layer in reading.saes})
+    with packed_linears(lab.hf):
+        resid = residuals(lab.hf, ids, mask, layers=blocks)
+    seen = {block: found[row.to(found.device), place.to(found.device)] for block, found in resid.items()}
+    norm = {b: torch.zeros(len(rows)).index_add_(0, row, x.float().norm(dim=-1).cpu()) / window.clamp_min(1) for b, x in seen.items()}
+    found, at = [], (row.to(device), window.to(device))
+    for reading in readings:
+        features = {layer: _pool(seen[reading.block(layer)], sae, *at) for layer, sae in reading.saes.items()}
+        found.append(Pooled(window.numpy(), features, {layer: norm[reading.block(layer)].numpy() for layer in reading.saes}))
+    return found
+
+
+def _pool(resid: Float[Tensor, "n d_model"], sae, row: Tensor, window: Tensor) -> dict[str, csr_array]:
+    """Return maximum and mean of each feature over the positions of each row; a row without a position is zero."""
+    peak = torch.full((len(window), len(sae.W_dec)), -torch.inf, device=row.device)
+    total = torch.zeros_like(peak)
+    for part in torch.arange(len(row), device=row.device).split(AT_ONCE):
+        z = sae.encode(resid[part.to(resid.device)].to(sae.W_dec.device, sae.dtype)).float().to(row.device)
+        peak.scatter_reduce_(0, row[part][:, None].expand_as(z), z, "amax")
+        total.index_add_(0, row[part], z)
+    top, mean = torch.where(window[:, None] > 0, peak, 0.0), total / window.clamp_min(1)[:, None]
+    at, feature = ((top != 0) | (mean != 0)).nonzero(as_tuple=True)
+    where = (feature.int().cpu().numpy(), np.append(0, torch.bincount(at, minlength=len(top)).cumsum(0).cpu().numpy()))
+    return {name: csr_array((z[at, feature].cpu().numpy(), *where), shape=tuple(z.shape)) for name, z in (("max", top), ("mean", mean))}

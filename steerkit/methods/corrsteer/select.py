@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from steerkit.engine.generate import Arm
 from steerkit.engine.steer import Add
 from steerkit.methods.corrsteer.correlation import Correlation
-from steerkit.methods.corrsteer.pooling import block_of
+from steerkit.methods.corrsteer.pooling import Reading
 
 VARIANTS = ("A", "S", "P")
 SCORES = ("r", "mi", "fisher", "caa")
@@ -115,7 +114,7 @@ def select(
 
 
 def random_features(
-    correlations: Mapping[int, Correlation], *, seed: int = 0, min_fired: int = 0, match: Sequence[Pick] = ()
+    correlations: Mapping[int, Correlation], *, seed: int | Sequence[int] = 0, min_fired: int = 0, match: Sequence[Pick] = ()
 ) -> list[Pick]:
     """Return one feature a layer drawn uniformly among those with r > 0: the released control, with its own coefficient.
 
@@ -135,48 +134,9 @@ def random_features(
     return drawn
 
 
-def edits(picks: Sequence[Pick], saes: Mapping[int, object], *, site: str = "post", scale: float = 1.0) -> list[Add]:
-    """Return the edits x'[t] = x[t] + c_i W_dec[i] (card: eq. 7), the decoder row as stored: not normalised, no bias.
+def edits(picks: Sequence[Pick], reading: Reading) -> list[Add]:
+    """Return the edits x'[t] = x[t] + c_i W_dec[i] (card: eq. 7), where features are read; the decoder row as stored: not normalised.
 
-    site: "post" steers the output of the SAE's block; "pre", as released, the block below (see `pooling.block_of`).
     Layers compose: a later one sees what the earlier added. Use them with window="last".
     """
-    return [Add(block_of(p.layer, site), saes[p.layer].W_dec[p.feature].detach(), scale * p.coefficient) for p in picks]
-
-
-def arm(name: str, picks: Sequence[Pick], saes: Mapping[int, object], *, site: str = "post", scale: float = 1.0, **labels) -> Arm:
-    """Return the selection as an arm of `generate` with these labels; give that window="last"."""
-    return Arm(name, edits(picks, saes, site=site, scale=scale), scale, labels)
-
-
-@dataclass(frozen=True)
-class SideEffects:
-    """Answers that changed between two runs over the same samples: for the worse, for the better, and in all.
-
-    ratio = negative / (negative + positive), the released SER; nan where neither occurs. The paper words it negative / changed, where
-    a wrong answer that became another wrong one counts below the line.
-    """
-
-    negative: int
-    positive: int
-    changed: int
-
-    @property
-    def ratio(self) -> float:
-        """The side effect ratio as released."""
-        return self.negative / (self.negative + self.positive) if self.negative + self.positive else float("nan")
-
-
-def ser(before, after, reward_before, reward_after) -> SideEffects:
-    """Count the side effects of steering: of the parsed answers that differ, those whose reward fell, and those whose rose.
-
-    before, after: sequences of parsed answers of the same n samples; rewards [n]. Raises ValueError for lengths that differ, or none.
-
-    >>> ser(["A", "B", "C"], ["B", "B", "D"], [1, 1, 0], [0, 1, 1]).ratio
-    0.5
-    """
-    first, second = np.asarray(reward_before, dtype=float), np.asarray(reward_after, dtype=float)
-    if not len(before) or len({len(before), len(after), len(first), len(second)}) != 1:
-        raise ValueError(f"expected answers and rewards of the same samples, got {len(before)}, {len(after)}, {len(first)}, {len(second)}")
-    changed = np.array([a != b for a, b in zip(before, after)])
-    return SideEffects(int((changed & (second < first)).sum()), int((changed & (second > first)).sum()), int(changed.sum()))
+    return [Add(reading.block(p.layer), reading.saes[p.layer].W_dec[p.feature].detach(), p.coefficient) for p in picks]

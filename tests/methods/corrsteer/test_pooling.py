@@ -1,4 +1,4 @@
-"""Pooling during generation against plain forward passes on tiny random models."""
+"""Pooled features against plain forward passes, and against a decode step by step, on tiny random models."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from steerkit.engine.steer import Add, residual_blocks
 from steerkit.engine.tokens import prompt_ids
 from steerkit.features import residuals
 from steerkit.methods.corrsteer.pooled import Pooled
-from steerkit.methods.corrsteer.pooling import Raw, block_of, pool_generations
+from steerkit.methods.corrsteer.pooling import Raw, Reading, pool_answers
 from steerkit.store import Work
 
 D = tiny.D_MODEL
@@ -23,10 +23,16 @@ PROMPTS = ["I think", "a", "The longest of the prompts here", "So", "a"]
 GREEDY = Sampling(temperature=0.0, max_new_tokens=6)
 
 
-def run(prompts=PROMPTS, kind="llama", saes=None, *, new=6, stop=(), batch_size=None, out=None, **settings):
-    lab = tiny.lab(kind, saes={1: tiny.planted_sae(), 2: tiny.planted_sae()} if saes is None else saes)
-    work = Work(batch_size, out, progress=False)
-    return pool_generations(lab, prompts, sampling=replace(GREEDY, max_new_tokens=new, stop=tuple(stop)), work=work, **settings)
+def written(kind="llama", **sampling):
+    frame = generate(tiny.lab(kind), PROMPTS, sampling=replace(GREEDY, **sampling), work=Work(progress=False))
+    return frame.tokens.tolist()
+
+
+def run(answers=None, kind="llama", saes=None, *, prompts=PROMPTS, batch_size=None, out=None, site="pre", **settings):
+    at = Reading({1: tiny.planted_sae(), 2: tiny.planted_sae()} if saes is None else saes, site)
+    work, answers = Work(batch_size, out, progress=False), written(kind) if answers is None else answers
+    (pooled,) = pool_answers(tiny.lab(kind), prompts, answers, [at], work=work, **settings)
+    return pooled
 
 
 def by_hand(kind, prompt, tokens, layer, site, steps):
@@ -53,62 +59,70 @@ def close(sparse_row, tensor):
 
 
 @pytest.mark.parametrize("kind,site", [("llama", "post"), ("llama", "pre"), ("gemma2", "pre"), ("gpt2", "post")])
-def test_pooled_features_equal_a_plain_pass_and_texts_those_of_generate(kind, site):
-    """Left-padded batches against each text alone, whole: maximum and mean over the positions that predict a token."""
-    texts, pooled = run(kind=kind, site=site)
-    frame = generate(tiny.lab(kind), PROMPTS, sampling=GREEDY, work=Work(progress=False))
-    assert pooled.tokens == frame.tokens.tolist() and texts == frame.text.tolist()
+def test_pooled_features_equal_a_plain_pass_of_each_text_alone(kind, site):
+    """Padded batches against each text alone: maximum, mean and norm over the positions that predict a token."""
+    answers = written(kind)
+    pooled = run(answers, kind, site=site)
     assert pooled.window.tolist() == [6] * 5
     for row, prompt in enumerate(PROMPTS):
         for layer in (1, 2):
-            top, mean = by_hand(kind, prompt, pooled.tokens[row], layer, site, 6)
+            top, mean = by_hand(kind, prompt, answers[row], layer, site, 6)
             close(pooled.z(layer, "max")[[row]], top)
             close(pooled.z(layer, "mean")[[row]], mean)
+    ids = prompt_ids(tiny.tokenizer(), PROMPTS[0])
+    h = residuals(tiny.model(kind), torch.tensor([ids + answers[0]]), layers=[2 - (site == "pre")])
+    norms = h[2 - (site == "pre")][0, len(ids) - 1 : len(ids) + 5].norm(dim=-1)
+    assert pooled.norm[2][0] == pytest.approx(norms.mean().item(), rel=1e-4)
+
+
+def test_one_pass_sees_what_a_decode_sees_step_by_step():
+    """The released way: keep what enters block 2 at every step of the generation, encode it, and take the largest."""
+    model, ids, steps = tiny.model("llama"), prompt_ids(tiny.tokenizer(), PROMPTS[0]), []
+    watch = Watch((1,), lambda _step, _rows, _stopped, resid: steps.append(resid[1].clone()))
+    (done,) = decode(model, [ids], [], rows=[0], arm=[0], sampling=GREEDY, watch=watch)
+    assert len(steps) == len(done.tokens) == 6
+    pooled = run([done.tokens, *written()[1:]], site="pre")
+    z = tiny.planted_sae().encode(torch.cat(steps))
+    close(pooled.z(2)[[0]], z.amax(0))
+    close(pooled.z(2, "mean")[[0]], z.mean(0))
 
 
 def test_the_window_ends_before_the_step_that_predicts_the_end():
     """Rows that end early, at once or not at all, in one batch: steps 0 to k - 1, zeros, all steps."""
-    full = run(new=8)[1]
-    stop = full.tokens[0][3], full.tokens[1][0]
-    _, pooled = run(new=8, stop=stop)
-    lengths = [next((i for i, t in enumerate(ts) if t in stop), 8) for ts in full.tokens]
-    assert pooled.window.tolist() == lengths and [len(t) for t in pooled.tokens] == lengths
+    full = written(max_new_tokens=8)
+    stop = full[0][3], full[1][0]
+    lengths = [next((i for i, t in enumerate(ts) if t in stop), 8) for ts in full]
+    answers = written(max_new_tokens=8, stop=stop)
+    pooled = run(answers, site="post")
+    assert pooled.window.tolist() == lengths and [len(t) for t in answers] == lengths
     assert lengths[1] == 0 and lengths[4] == 0 and 0 < lengths[0] <= 3
     for row, steps in enumerate(lengths):
-        top, mean = by_hand("llama", PROMPTS[row], full.tokens[row], 1, "post", steps)
+        top, mean = by_hand("llama", PROMPTS[row], full[row], 1, "post", steps)
         close(pooled.z(1)[[row]], top)
         close(pooled.z(1, "mean")[[row]], mean)
-    assert pooled.z(1)[[1]].nnz == 0
+    assert pooled.z(1)[[1]].nnz == 0 and pooled.norm[1][1] == 0
 
 
 def test_one_token_answers_always_have_a_window_and_max_equals_mean():
-    first = [t[0] for t in run(new=1)[1].tokens]
-    _, pooled = run(new=1, stop=first[:1])
-    assert pooled.window.tolist() == [1] * 5 and pooled.tokens[0] == []
+    answers = [[], *written(max_new_tokens=1)[1:]]
+    pooled = run(answers, site="post", min_window=1)
+    assert pooled.window.tolist() == [1] * 5
     for layer in (1, 2):
         assert (pooled.z(layer, "max") != pooled.z(layer, "mean")).nnz == 0
     close(pooled.z(1)[[0]], by_hand("llama", PROMPTS[0], [], 1, "post", 1)[0])
-    _, none = run(new=1, stop=first[:1], min_window=0)
+    none = run(answers, site="post")
     assert none.window[0] == 0 and none.z(1)[[0]].nnz == 0
 
 
-def test_the_labs_saes_and_its_ends_of_text_are_the_defaults(monkeypatch):
-    seen, real = [], P.decode
-    monkeypatch.setattr(P, "decode", lambda *a, **kw: seen.append(kw["sampling"]) or real(*a, **kw))
-    _, pooled = pool_generations(tiny.lab(), ["a"])
-    assert list(pooled.features) == [1]
-    assert seen == [Sampling(temperature=0.0, stop=(tiny.tokenizer().pad_token_id, tiny.tokenizer().eos_token_id))]
-
-
-def test_batches_of_any_size_give_the_same_features():
-    """One by one nothing is padded; together the rows are left-padded, end at different steps and leave the batch."""
-    full = run(new=8)[1]
-    stop = [full.tokens[2][4]]
-    (texts, together), (alone_texts, alone) = run(new=8, stop=stop), run(new=8, stop=stop, batch_size=1)
-    assert texts == alone_texts and together.window.tolist() == alone.window.tolist()
-    for layer in (1, 2):
-        for pool in ("max", "mean"):
-            np.testing.assert_allclose(together.z(layer, pool).toarray(), alone.z(layer, pool).toarray(), atol=2e-4)
+def test_batches_of_any_size_give_the_same_features(monkeypatch):
+    answers = written(max_new_tokens=8, stop=[written(max_new_tokens=8)[2][4]])
+    together, alone = run(answers), run(answers, batch_size=1)
+    monkeypatch.setattr(P, "AT_ONCE", 3)  # positions that are dense together: a text is cut anywhere
+    for other in (alone, run(answers)):
+        assert together.window.tolist() == other.window.tolist()
+        for layer in (1, 2):
+            for pool in ("max", "mean"):
+                np.testing.assert_allclose(together.z(layer, pool).toarray(), other.z(layer, pool).toarray(), atol=2e-4)
 
 
 def test_a_watch_is_shown_each_step_once_with_steering_on():
@@ -126,10 +140,24 @@ def test_a_watch_is_shown_each_step_once_with_steering_on():
     assert not any(block._forward_hooks for block in residual_blocks(model))
 
 
+def test_several_readings_share_one_pass(monkeypatch, tmp_path):
+    """SAEs at both sites and residual coordinates, each as when it is read alone; kept, and read back."""
+    answers, own = written(), {1: tiny.planted_sae(), 2: tiny.planted_sae()}
+    alone = [run(answers, site=site) for site in ("pre", "post")] + [run(answers, saes={2: Raw(D)})]
+    calls, real = [], P.residuals
+    monkeypatch.setattr(P, "residuals", lambda *a, **kw: calls.append(kw["layers"]) or real(*a, **kw))
+    readings = [Reading(own), Reading(own, "post"), Reading({2: Raw(D)})]
+    for _ in range(2):
+        together = pool_answers(tiny.lab(), PROMPTS, answers, readings, work=Work(out=tmp_path, progress=False))
+        for a, b in zip(alone, together, strict=True):
+            assert list(a.features) == list(b.features) and (a.z(2) != b.z(2)).nnz == 0 == (a.z(2, "mean") != b.z(2, "mean")).nnz
+            np.testing.assert_array_equal(a.norm[2], b.norm[2])
+    assert calls == [[0, 1, 2]], "one batch, one pass; the second time from the file"
+
+
 def test_raw_coordinates_keep_their_signs():
     """Residual coordinates: a negative maximum is a negative maximum, and a text that ends at once is zero."""
-    _, pooled = run(saes={1: Raw(D)})
-    sae = run(saes={1: tiny.planted_sae()})[1]
+    pooled, sae = run(saes={1: Raw(D)}), run(saes={1: tiny.planted_sae()})
     top = pooled.z(1).toarray()
     assert (top < 0).any()
     np.testing.assert_allclose(np.maximum(top, 0), sae.z(1).toarray()[:, :D], atol=1e-6)
@@ -138,41 +166,42 @@ def test_raw_coordinates_keep_their_signs():
 
 
 def test_an_interrupted_run_carries_on_from_its_files(tmp_path, monkeypatch):
-    out = tmp_path / "run-{key}"
-    texts, whole = run(batch_size=2)
-    calls = dies(monkeypatch, P, "decode", at=2)
+    out, answers = tmp_path / "run-{key}", written()
+    whole = run(answers, batch_size=2)
+    calls = dies(monkeypatch, P, "residuals", at=2)
     with pytest.raises(KeyboardInterrupt):
-        run(batch_size=2, out=out)
-    again, resumed = run(batch_size=2, out=out)
-    assert len(calls) == 2 + 2 and again == texts  # three batches, the first was done
+        run(answers, batch_size=2, out=out)
+    resumed = run(answers, batch_size=2, out=out)
+    assert len(calls) == 2 + 2  # three batches, the first was done
     assert (resumed.z(2) != whole.z(2)).nnz == 0
     (folder,) = tmp_path.iterdir()
     with pytest.raises(ValueError, match="another run"):
-        run(batch_size=2, new=5, out=folder)
+        run([a[:5] for a in answers], batch_size=2, out=folder)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("pretend"), ValueError("else")])
 def test_out_of_memory_halves_the_batch_and_other_errors_do_not(monkeypatch, error):
-    texts, whole = run()
-    sizes = short_of_memory(monkeypatch, P, "decode", rows=2, error=error)
+    answers = written()
+    whole = run(answers)
+    sizes = short_of_memory(monkeypatch, P, "residuals", rows=2, error=error)
     if isinstance(error, ValueError):
         with pytest.raises(ValueError, match="else"):
-            run()
+            run(answers)
         return
-    again, halves = run()
-    assert again == texts and sizes == [5, 2, 3, 1, 2]
+    halves = run(answers)
+    assert sizes == [5, 2, 3, 1, 2]
     np.testing.assert_allclose(halves.z(1).toarray(), whole.z(1).toarray(), atol=2e-4)
 
 
 def test_kept_selected_and_joined_samples_stay_themselves(tmp_path):
-    whole = run(out=tmp_path)[1]
+    whole = run(out=tmp_path)
     (path,) = tmp_path.iterdir()
     before = path.stat().st_mtime_ns
-    pooled = run(out=tmp_path)[1]  # read from the file
-    assert path.stat().st_mtime_ns == before
-    assert pooled.tokens == whole.tokens and pooled.window.tolist() == whole.window.tolist()
+    pooled = run(out=tmp_path)  # read from the file
+    assert path.stat().st_mtime_ns == before and pooled.window.tolist() == whole.window.tolist()
     both = Pooled.join([pooled.take([3, 0]), pooled.take([4])])
-    assert both.tokens == [whole.tokens[i] for i in (3, 0, 4)] and len(both) == 3
+    assert len(both) == 3
+    np.testing.assert_array_equal(both.norm[2], whole.norm[2][[3, 0, 4]])
     for pool in ("max", "mean"):
         np.testing.assert_array_equal(both.z(2, pool).toarray(), whole.z(2, pool).toarray()[[3, 0, 4]])
     path.write_bytes(b"no")
@@ -184,7 +213,7 @@ def test_kept_selected_and_joined_samples_stay_themselves(tmp_path):
 
 def test_correlations_of_kept_features_equal_numpy():
     """Pools for r and for coefficients, selections with repeats, and batches smaller than the data."""
-    _, pooled = run()
+    pooled = run()
     y = np.array([1, 0, 1, 1, 0])
     top, mean = pooled.z(1).toarray().astype(float), pooled.z(1, "mean").toarray().astype(float)
     c = pooled.correlation(1, y, steer_pool="mean", batch=2)
@@ -198,42 +227,28 @@ def test_correlations_of_kept_features_equal_numpy():
 
 
 def test_sites_and_settings_out_of_range_are_clear_errors():
-    assert (block_of(3, "post"), block_of(3, "pre")) == (3, 2)
+    assert (Reading({}, "post").block(3), Reading({}).block(3)) == (3, 2)
     for layer, site in ((0, "pre"), (1, "mid")):
-        with pytest.raises(ValueError, match="site"):
-            block_of(layer, site)
-    with pytest.raises(ValueError, match="at least one prompt"):
-        run([])
-    with pytest.raises(ValueError, match="at least one prompt and SAE, got 5 and 0"):
-        run(saes={})
+        with pytest.raises(ValueError, match=rf"site: .*got '{site}' for layers \[{layer}\]"):
+            Reading({layer: Raw(D)}, site)
+    with pytest.raises(ValueError, match="and SAEs"):
+        pool_answers(tiny.lab(), ["a"], [[1]], [])
+    for given in ({"answers": [], "prompts": []}, {"saes": {}}, {"answers": [[1]]}):
+        with pytest.raises(ValueError, match="expected prompts, an answer for each, and SAEs"):
+            run(**given)
     with pytest.raises(ValueError, match="a layer from 0 to 2, got 3"):
         run(saes={3: Raw(D)})
-    with pytest.raises(ValueError, match=r"greedy decoding.*set temperature=0"):
-        pool_generations(tiny.lab(), ["a"], sampling=Sampling())
 
 
 @pytest.mark.parametrize("name", ["threshold", "b_enc", "W_enc"])
 def test_features_kept_of_one_sae_are_not_those_of_another(tmp_path, name):
     """The same decoder and another encoder: another folder with "{key}", and an error in the same one."""
-    other = tiny.planted_sae()
+    other, answers = tiny.planted_sae(), written()
     with torch.no_grad():
         getattr(other, name).add_(0.5)
     here, there = {"out": tmp_path / "same"}, {"out": tmp_path / "{key}"}
-    expected = run(saes={1: other})[1].z(1).nnz
-    assert run(saes={1: tiny.planted_sae()}, **there)[1].z(1).nnz != expected == run(saes={1: other}, **there)[1].z(1).nnz
-    run(saes={1: tiny.planted_sae()}, **here)
+    expected = run(answers, saes={1: other}).z(1).nnz
+    assert run(answers, saes={1: tiny.planted_sae()}, **there).z(1).nnz != expected == run(answers, saes={1: other}, **there).z(1).nnz
+    run(answers, saes={1: tiny.planted_sae()}, **here)
     with pytest.raises(ValueError, match="another run"):
-        run(saes={1: other}, **here)
-
-
-def test_pooled_positions_end_where_hugging_face_ends_the_answer():
-    """Two end tokens in the generation config, of which the tokenizer knows one: nothing past the answer is pooled."""
-    lab = tiny.lab()
-    free = generate(lab, PROMPTS, sampling=replace(GREEDY, max_new_tokens=32), work=Work(progress=False)).tokens
-    lab.hf.generation_config.eos_token_id = [2, free[0][3]]
-    _, pooled = pool_generations(lab, PROMPTS, work=Work(progress=False))
-    for prompt, window in zip(PROMPTS, pooled.window):
-        ids = torch.tensor([prompt_ids(lab.tokenizer, prompt)])
-        new = lab.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
-        assert window == len([t for t in new.tolist() if t not in (0, 2, free[0][3])])
-    assert pooled.window[0] <= 3
+        run(answers, saes={1: other}, **here)

@@ -5,12 +5,12 @@ import pytest
 import tiny
 import torch
 
-from steerkit.engine.generate import BASELINE, Sampling, generate
+from steerkit.engine.generate import BASELINE, Arm, Sampling, generate
 from steerkit.engine.steer import residual_blocks, steering
 from steerkit.features import residuals
 from steerkit.methods.corrsteer.correlation import Correlation
-from steerkit.methods.corrsteer.pooling import Raw
-from steerkit.methods.corrsteer.select import Pick, arm, edits, random_features, rank, select, ser
+from steerkit.methods.corrsteer.pooling import Raw, Reading
+from steerkit.methods.corrsteer.select import Pick, edits, random_features, rank, select
 from steerkit.store import Work
 
 D = tiny.D_MODEL
@@ -118,9 +118,9 @@ def test_a_zero_coefficient_is_bit_identical_and_another_moves_only_the_last_pos
     """By exactly c W_dec[i]; keys and values of earlier positions stay what they were."""
     model, sae = tiny.model(kind), tiny.planted_sae()
     plain = model(input_ids=IDS, use_cache=True)
-    with steering(model, edits([pick(1, 5, 0.0)], {1: sae}), window="last"):
+    with steering(model, edits([pick(1, 5, 0.0)], Reading({1: sae}, "post")), window="last"):
         assert torch.equal(model(input_ids=IDS).logits, plain.logits)
-    with steering(model, edits([pick(1, 5, 3.0)], {1: sae}), window="last"):
+    with steering(model, edits([pick(1, 5, 3.0)], Reading({1: sae}, "post")), window="last"):
         steered = model(input_ids=IDS, use_cache=True)
         moved = residuals(model, IDS, layers=[1])[1]
     before = residuals(model, IDS, layers=[1])[1]
@@ -136,7 +136,7 @@ def test_two_layers_compose():
     model, saes = tiny.model("llama"), {1: tiny.planted_sae(), 2: tiny.planted_sae()}
 
     def deep(*picks):
-        with steering(model, edits(picks, saes), window="last"):
+        with steering(model, edits(picks, Reading(saes, "post")), window="last"):
             return residuals(model, IDS, layers=[2])[2][:, -1]
 
     first, second = pick(1, 5, 30.0), pick(2, 7, 20.0)
@@ -145,55 +145,34 @@ def test_two_layers_compose():
     assert not torch.allclose(deep(first) - none, 30.0 * saes[1].W_dec[5].expand(1, -1), atol=1e-2)
 
 
-def test_site_pre_adds_to_what_enters_the_block():
+def test_the_released_site_adds_to_what_enters_the_block():
     model, sae, seen = tiny.model("llama"), tiny.planted_sae(), []
     block = residual_blocks(model)[2]
     handle = block.register_forward_pre_hook(lambda _m, args, kw: seen.append((args or (kw["hidden_states"],))[0]), with_kwargs=True)
     model(input_ids=IDS)
-    with steering(model, edits([pick(2, 5, 3.0)], {2: sae}, site="pre", scale=0.5), window="last"):
+    with steering(model, edits([pick(2, 5, 1.5)], Reading({2: sae})), window="last"):
         model(input_ids=IDS)
     handle.remove()
     torch.testing.assert_close(seen[1][:, -1], seen[0][:, -1] + 1.5 * sae.W_dec[5])
     assert torch.equal(seen[1][:, :-1], seen[0][:, :-1])
     with pytest.raises(ValueError, match="site"):
-        edits([pick(0, 5, 3.0)], {0: sae}, site="pre")
+        edits([pick(0, 5, 3.0)], Reading({0: sae}))
 
 
-def test_an_arm_steers_generation_and_raw_picks_steer_coordinates():
+def test_picks_steer_generation_and_raw_picks_steer_coordinates():
     lab = tiny.lab()
+    at = Reading(lab.saes)
     arms = [
         BASELINE,
-        arm("zero", [pick(1, 5, 0.0)], lab.saes),
-        arm("sae", [pick(1, 5, 40.0)], lab.saes),
-        arm("raw", [pick(1, 5, 40.0)], {1: Raw(D)}),
-        arm("twice", [pick(1, 5, 40.0)], lab.saes, scale=2.0, source="elsewhere"),
+        Arm("zero", edits([pick(1, 5, 0.0)], at)),
+        Arm("sae", edits([pick(1, 5, 40.0)], at)),
+        Arm("raw", edits([pick(1, 5, 40.0)], Reading({1: Raw(D)}))),
+        Arm("twice", edits([pick(1, 5, 80.0)], at)),
     ]
     sampling = Sampling(temperature=0.0, max_new_tokens=8)
     frame = generate(lab, ["I think"], arms, sampling=sampling, window="last", work=Work(progress=False))
     tokens = dict(zip(frame.arm, frame.tokens))
     assert tokens["zero"] == tokens["baseline"] != tokens["sae"] == tokens["raw"]  # feature 5 is coordinate 5
-    assert frame.changed.tolist() == [0, 0, 8, 8, 8] and frame.source.dropna().to_dict() == {4: "elsewhere"}
+    assert frame.changed.tolist() == [0, 0, 8, 8, 8]
     sae, twice = (generate(lab, ["a"], [one], sampling=Sampling(max_new_tokens=1), window="last").ratio[0] for one in (arms[2], arms[4]))
     assert twice == pytest.approx(2 * sae)
-
-
-@pytest.mark.parametrize("negative,positive,ratio", [(182, 697, 0.207), (1108, 1616, 0.407), (131, 570, 0.187)])
-def test_side_effects_give_the_published_ratios(negative, positive, ratio):
-    """Counts of the paper's MMLU table, with wrong answers that stay wrong, and unchanged ones, in between."""
-    n, both = 14_042, negative + positive
-    before, after = np.array(["A"] * n), np.array(["B"] * both + ["C"] * 50 + ["A"] * (n - both - 50))
-    was, now = np.zeros(n), np.zeros(n)
-    was[:negative], now[negative:both] = 1, 1
-    found = ser(before, after, was, now)
-    assert (found.negative, found.positive, found.changed) == (negative, positive, both + 50)
-    assert found.ratio == pytest.approx(ratio, abs=5e-4)
-    if negative == 182:
-        assert 100 * (found.positive - found.negative) / n == pytest.approx(3.67, abs=5e-3)
-
-
-def test_only_changed_answers_count():
-    found = ser(["A", "B"], ["A", "C"], [1, 0], [0, 0])  # a reward that changed under the same answer is not a side effect
-    assert (found.negative, found.positive, found.changed) == (0, 0, 1)
-    assert np.isnan(found.ratio)
-    with pytest.raises(ValueError, match="same samples"):
-        ser(["A"], ["A", "B"], [1], [1, 0])

@@ -1,27 +1,25 @@
-"""A CorrSteer trial on a planted model whose right feature is known; fine-tuning; constrained decoding."""
+"""A CorrSteer trial on a planted model whose right feature is known, in both forms of answers; rivals that learn from the same ones."""
 
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.stats
 import tiny
 import torch
 from scipy.sparse import csr_array
 
 from steerkit.engine.decode import Sampling, draw
-from steerkit.engine.generate import BASELINE, generate
+from steerkit.engine.generate import generate
 from steerkit.engine.tokens import prompt_ids
-from steerkit.methods.corrsteer import answers as tables
-from steerkit.methods.corrsteer import lora as finetune
-from steerkit.methods.corrsteer import select, trial
-from steerkit.methods.corrsteer.lora import lora, target
+from steerkit.methods.corrsteer import trial
 from steerkit.methods.corrsteer.pooled import Pooled
+from steerkit.methods.corrsteer.pooling import Reading
 from steerkit.questions import Question, Task
 from steerkit.store import Work
 
 QUIET = Work(progress=False)
+POST = trial.Plan(site="post", others=False)  # the last block's own output: "k" can be written there
 
 
 def lab_with_letters():
@@ -38,54 +36,134 @@ def task(n=12, new=3):
     return Task("toy", "contains", new, False, {"all": rows}), rows
 
 
+def options(n=12):
+    """Two options of one letter, of which "k" is right on every other question and "w" on the others."""
+    rows = tuple(Question("pairs", str(i), f"g:{i}", f"Question {i}:", "AB"[i % 2], ("k", "w"), kind="all") for i in range(n))
+    return Task("pairs", "options", 1, False, {"all": rows}, units=True), rows
+
+
 def planted_pooled(n=40, seed=0):
-    """Feature 0 fires exactly on successes, feature 5 on failures, feature 7 nearly at random."""
+    """Feature 0 fires exactly on successes, feature 5 on failures, feature 7 nearly at random; means are half the maxima."""
     rng = np.random.default_rng(seed)
     y = np.arange(n) % 3 == 0
     z = np.zeros((n, 128), dtype=np.float32)
     z[:, 0], z[:, 5], z[:, 7] = 200.0 * y, 3.0 * ~y, rng.random(n) + 0.3 * y
-    return Pooled([[1]] * n, np.ones(n, dtype=int), {2: {"max": csr_array(z), "mean": csr_array(z)}}), y.astype(float)
+    pooled = Pooled(np.ones(n, dtype=int), {2: {"max": csr_array(z), "mean": csr_array(z / 2)}}, {2: np.full(n, 50.0, dtype=np.float32)})
+    return [pooled], pd.DataFrame({"correct": y.astype(int), "item": [str(i) for i in range(n)]})
 
 
 def test_the_planted_feature_is_picked_and_its_steering_makes_every_answer_right():
     lab = lab_with_letters()
     toy, rows = task(new=1)
-    pooled, y = planted_pooled()
-    picks = trial.methods(lab, toy, rows[:4], pooled, y, work=Work(batch_size=4))
-    for name in ("CorrSteer-A", "CorrSteer-S", "CorrSteer-P", "mutual information", "CAA score"):
-        assert [(p.layer, p.feature, p.coefficient) for p in picks[name]] == [(2, 0, pytest.approx(200.0))], name
-    assert picks["negative, all layers"][0].feature == 5 and picks["negative, all layers"][0].coefficient <= 0
-    assert picks["random features, same push"][0].feature != 0 and picks["random features, same push"][0].coefficient == pytest.approx(200)
-    answers = trial.ask(lab, toy, rows, trial.arms(picks, lab.saes), work=QUIET)
-    assert len(answers) == len(rows) * (1 + sum(bool(p) for p in picks.values()))
-    right = answers.groupby("arm").correct.mean()
+    plan = replace(POST, draws=3, scales=(0.5,), sizes=(9, 100))
+    choices = trial.methods(lab, toy, rows[:4], *planted_pooled(), plan, work=Work(batch_size=4, progress=False))
+    picks = {(c.study, c.method, c.draw, c.value): c.picks for c in choices}
+    coefficient = {"pools: mean, mean": 100, "pools: max, mean": 100}
+    for name in ("CorrSteer-A", "CorrSteer-S", "CorrSteer-P", "mutual information", "CAA score", "pools: mean, max", *coefficient):
+        (only,) = picks["main", name, 0, 1.0]
+        assert (only.layer, only.feature, only.coefficient) == (2, 0, pytest.approx(coefficient.get(name, 200))), name
+    (negative,) = picks["main", "negative, all layers", 0, 1.0]
+    assert negative.feature == 5 and negative.coefficient <= 0
+    drawn = [picks["main", "random features, same push", n, 1.0][0] for n in range(3)]
+    assert {p.feature for p in drawn} == {7} and np.allclose([p.coefficient for p in drawn], 200), "the only other with r > 0"
+    assert picks["scale", "CorrSteer-A", 0, 0.5][0].coefficient == pytest.approx(100)
+    assert [k for k in picks if k[0] == "size"] == [("size", "CorrSteer-A", 0, 9)], "no more answers than there are"
+    answers = trial.answer(lab, toy, rows, [trial.UNSTEERED, *choices], trial.readings(lab, plan), work=QUIET)
+    assert len(answers) == len(rows) * (1 + len(choices))
+    right = answers[answers.study == "main"].groupby("method").correct.mean()
     assert right["CorrSteer-A"] == 1.0 and right["baseline"] < 1.0 and right["random features, same push"] < 1.0
-    table = tables.compare(answers, n_boot=200)
-    assert table.loc["baseline", "gain"].value == 0 and table.loc["baseline", "changed"] == 0
-    assert table.loc["CorrSteer-A", "gain"].value == pytest.approx(1 - right["baseline"])
-    assert table.loc["CorrSteer-A", "worse"] == 0 and table.loc["CorrSteer-A", "SER"] == 0.0
-    assert table.loc["CorrSteer-A", "accuracy"].groups == 6  # questions of one group are drawn together
+
+
+def test_the_shuffled_control_moves_the_labels_of_an_item_together():
+    """Two items, one right in all its wordings: shuffled whole, feature 0 marks the right one or the wrong one, and nothing between."""
+    y = np.repeat([1, 0], 20)
+    z = np.zeros((40, 128), dtype=np.float32)
+    z[:, 0] = 5.0 * y
+    pooled = Pooled(np.ones(40, dtype=int), {2: {"max": csr_array(z), "mean": csr_array(z)}}, {2: np.ones(40, dtype=np.float32)})
+    selection, found = pd.DataFrame({"correct": y, "item": np.repeat(["a", "b"], 20)}), set()
+    for seed in range(12):
+        plan = replace(POST, seed=seed, rules=(), controls=("shuffled labels",))
+        (control,) = trial.methods(lab_with_letters(), task()[0], (), [pooled], selection, plan)
+        found.add(tuple((p.feature, round(p.r, 6)) for p in control.picks))
+    assert found == {((0, 1.0),), ()}, "r is 1 or -1, and what has r < 0 is not picked"
+
+
+def test_what_steers_alike_is_asked_once_and_what_picks_nothing_is_not_steered(monkeypatch):
+    lab, asked, real = lab_with_letters(), [], trial.generate
+    monkeypatch.setattr(trial, "generate", lambda lab_, prompts, arms, **how: asked.append(len(arms)) or real(lab_, prompts, arms, **how))
+    toy, rows = task(new=1)
+    plan, idle = replace(POST, draws=2, rules=("CorrSteer-A", "CAA score", "Fisher ratio")), trial.Choice("idle", study="other", source="x")
+    choices = trial.methods(lab, toy, rows[:4], *planted_pooled(), plan)
+    answers = trial.answer(lab, toy, rows, [*choices, trial.UNSTEERED, idle], trial.readings(lab, plan), work=QUIET)
+    assert asked == [len({tuple((p.feature, p.coefficient) for p in c.picks) for c in choices} | {()})] and asked[0] < len(choices)
+    texts = answers.groupby(["study", "method", "draw"]).text.agg(list)
+    assert texts["main", "CorrSteer-A", 0] == texts["main", "CAA score", 0] != texts["main", "baseline", 0] == texts["other", "idle", 0]
+    assert set(answers[answers.study == "other"].source) == {"x"}
 
 
 def test_one_outcome_only_picks_nothing_and_wrong_names_are_refused():
     lab = lab_with_letters()
     toy, rows = task()
-    pooled, _ = planted_pooled()
-    plan = trial.Plan(rules=("CorrSteer-A",), controls=("shuffled labels",))
-    found = trial.methods(lab, toy, rows, pooled, np.zeros(40), plan)
-    assert found == {"CorrSteer-A": [], "shuffled labels": []} and trial.arms(found, lab.saes) == [BASELINE]
-    for wrong in ({"rules": ("CorrSteer-Z",)}, {"controls": ("none",)}, {"site": "mid"}, {"pool": "sum"}):
-        with pytest.raises(ValueError, match=rf"{next(iter(wrong))}: expected some of .*, got (CorrSteer-Z|none|mid|sum)$"):
-            trial.Plan(**wrong)
+    pooled, selection = planted_pooled()
+    plan = trial.Plan(rules=("CorrSteer-A", "CorrSteer-P"), controls=("shuffled labels",), sizes=(5,), others=False)
+    found = trial.methods(lab, toy, rows, pooled, selection.assign(correct=0), plan)
+    assert [(c.method, c.picks) for c in found] == [(m, ()) for m in ("CorrSteer-A", "CorrSteer-P", "shuffled labels", "CorrSteer-A")]
+    wrong = {"rules": ("CorrSteer-Z",), "controls": ("none",), "site": "mid", "pool": "sum", "steer_pool": "sum"}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=rf"{name}: expected some of .*, got (CorrSteer-Z|none|mid|sum)$"):
+            trial.Plan(**{name: value})
 
 
 def test_the_selection_pass_equals_plain_generation():
     lab = lab_with_letters()
     toy, rows = task()
-    answers, pooled = trial.select_on(lab, toy, rows, work=QUIET)
+    answers, (pooled,) = trial.select_on(lab, toy, rows, [Reading(lab.saes)], work=QUIET)
     plain = trial.ask(lab, toy, rows, work=QUIET)
     assert answers.text.tolist() == plain.text.tolist() and answers.correct.tolist() == plain.correct.tolist()
     assert len(pooled) == len(rows) and answers.kind.tolist() == [q.kind for q in rows]
+
+
+def test_pooled_positions_end_where_hugging_face_ends_the_answer():
+    """Two end tokens in the generation config, of which the tokenizer knows one: nothing past the answer is pooled."""
+    lab, toy = tiny.lab(), task(new=32)[0]
+    rows = [Question("toy", p, "g", p, "k") for p in ("I think", "a", "The longest of the prompts here", "So")]
+    first = trial.ask(lab, toy, rows, work=QUIET).tokens[0]
+    lab.hf.generation_config.eos_token_id = [2, first[3]]
+    _, (pooled,) = trial.select_on(lab, toy, rows, [Reading(lab.saes)], work=QUIET)
+    for question, window in zip(rows, pooled.window):
+        ids = torch.tensor([prompt_ids(lab.tokenizer, question.prompt)])
+        new = lab.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
+        assert window == len([t for t in new.tolist() if t not in (0, 2, first[3])])
+    assert pooled.window[0] <= 3
+
+
+def test_options_are_answered_by_likelihood_whatever_the_model_would_write():
+    """Pushed to write "k", the model ranks "k" first: right on the questions whose option it is, wrong on the others."""
+    lab, (pairs, rows) = lab_with_letters(), options()
+    push = trial.Choice("push", (trial.Pick(2, 0, 300.0, 0.5, 0.5, 1, 1),))
+    found = trial.answer(lab, pairs, rows, [trial.UNSTEERED, push], trial.readings(lab, POST), work=QUIET)
+    steered, plain = (found[found.method == name].reset_index(drop=True) for name in ("push", "baseline"))
+    assert steered.correct.tolist() == [1, 0] * 6 and set(steered.text) == {"k"} and set(found.outcome) <= {"right", "wrong"}
+    assert set(steered.said) == {"k", "w"} and set(found.chance) == {0.5}
+    gap = np.where(np.arange(12) % 2 == 0, 1, -1) * (steered.margin - plain.margin)
+    assert (gap > 1).all(), "nats that k gains on w"
+
+
+def test_a_run_on_options_pools_over_the_option_that_the_model_chose():
+    lab, (pairs, _) = lab_with_letters(), options(40)
+    found = trial.run(lab, pairs, replace(POST, within=(0.0, 1.0), n_test=6, draws=1), work=QUIET)
+    assert set(found.pooled.window) == {2} and len(found.answers.question.unique()) == 6  # the space and the letter
+    first = found.asked[0]
+    chosen = found.selection.text[0]
+    ids = prompt_ids(lab.tokenizer, first.prompt)
+    whole = torch.tensor([ids + lab.tokenizer(f" {chosen}", add_special_tokens=False)["input_ids"]])
+    with torch.inference_mode():
+        hidden = []
+        handle = lab.block(2).register_forward_hook(lambda _m, _a, out: hidden.append(out[0] if isinstance(out, tuple) else out))
+        lab.hf(input_ids=whole)
+        handle.remove()
+        z = lab.saes[2].encode(hidden[0][0, len(ids) - 1 : len(ids) + 1]).amax(0)
+    np.testing.assert_allclose(found.pooled.z(2)[[0]].toarray().ravel(), z.numpy(), atol=2e-4)
 
 
 def test_a_run_keeps_parts_apart_leaves_out_kinds_and_resumes(tmp_path):
@@ -95,7 +173,7 @@ def test_a_run_keeps_parts_apart_leaves_out_kinds_and_resumes(tmp_path):
     kind = ["known" if i % 2 == 0 else "never" for i in range(60)]  # known: the model's own letter is right every other time
     rows = tuple(Question("toy", str(i), f"g:{i}", f"Question {i}?", gold[i], kind=kind[i]) for i in range(60))
     toy = Task("toy", "contains", 1, False, {"all": rows}, units=True)
-    plan, work = trial.Plan(seed=3, n_test=10, within=(0.05, 0.95)), Work(8, tmp_path, progress=False)
+    plan, work = trial.Plan(seed=3, n_test=10, within=(0.05, 0.95), draws=2, scales=(2.0,), sizes=(6,)), Work(8, tmp_path, progress=False)
     found = trial.run(lab, toy, plan, work=work)
     assert found.kinds == ("known",) and {q.kind for q in found.test} == {"known"}
     assert not {q.group for q in found.test} & set(found.selection.group)
@@ -105,95 +183,44 @@ def test_a_run_keeps_parts_apart_leaves_out_kinds_and_resumes(tmp_path):
     pd.testing.assert_frame_equal(found.answers, again.answers)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     calm = trial.run(lab, toy, replace(plan, min_fired=10**6), work=QUIET)  # nothing fires so often
-    assert not any(calm.picks.values()) and set(calm.answers.arm) == {"baseline", *calm.picks}
-    assert {g.value for g in tables.compare(calm.answers, n_boot=100).gain} == {0.0}
+    idle = {name for name, picks in calm.picks.items() if not picks}
+    assert idle == set(calm.picks) - {"features that fire on ten answers"}
+    texts = calm.answers[calm.answers.method.isin(idle)].groupby("question").text.nunique()
+    assert (texts == 1).all(), "what picks nothing answers as without steering"
 
 
-def test_shipped_names_of_arms_read_as_the_labels_that_live_rows_have():
-    """A method, the same at other scales, and features of another task: labels against what is told from the name alone."""
-    lab = lab_with_letters()
-    toy, rows = task(2, new=1)
-    pick = select.Pick(2, 0, 1.0, 0.5, 0.5, 1, 1)
-    arm = lambda name, scale=1.0, **labels: select.arm(name, [pick], lab.saes, scale=scale, **labels)  # noqa: E731
-    moved = {"method": "CorrSteer-A", "source": "bbq_ambig"}
-    arms = [BASELINE, arm("CorrSteer-A"), arm("CAA score, own coefficients"), arm("CorrSteer-A, other site")]
-    arms += [arm("CorrSteer-A x 0.5", 0.5, method="CorrSteer-A", sweep=True), arm("features of bbq_ambig", **moved)]
-    arms += [arm(f"features of bbq_ambig x {x:g}", x, **moved, sweep=True) for x in (1.0, 2.0)]
-    live = trial.ask(lab, toy, rows, arms, work=QUIET).assign(task="toy")
-    told = tables.labelled(live[["task", "arm"]])
-    labels = ["method", "source", "scale", "sweep"]
-    pd.testing.assert_frame_equal(told[labels], live[labels], check_dtype=False)
-    assert told.iloc[7].tolist() == ["toy", "features of bbq_ambig x 2", "CorrSteer-A", "bbq_ambig", 2.0, True]
-    free = tables.labelled(pd.DataFrame({"task": ["mmlu"], "arm": ["constrained, no steering"]})).iloc[0]
-    assert (free.method, free.source, free.scale) == ("constrained, no steering", "mmlu", 0.0)
+def test_the_configuration_is_the_released_one_unless_said_otherwise():
+    plan = trial.Plan()
+    assert (plan.site, plan.pool, plan.steer_pool, plan.min_fired) == ("pre", "max", "max", 0)
+    lab, (toy, rows) = lab_with_letters(), task(60)
+    first, (pooled,) = trial.select_on(lab, toy, rows, [Reading(lab.saes)], work=QUIET)
+    _, (below,) = trial.select_on(lab, toy, rows, [Reading({1: lab.saes[2]}, "post")], work=QUIET)
+    assert (pooled.z(2) != below.z(1)).nnz == 0, "SAE L reads what enters block L"
+    assert first.tokens.tolist() == trial.ask(lab, toy, rows, work=QUIET).tokens.tolist()
 
 
-def test_the_best_feature_of_a_layer_has_a_floor_over_the_run_and_one_within_kinds():
-    """Feature 0 knows the answer; feature 3 only knows the kind, and is the best once feature 0 is gone."""
-    toy, rows = task(40)
-    y = np.random.default_rng(0).random(40) < np.where(np.arange(40) % 2 == 0, 0.9, 0.1)
-    selection = pd.DataFrame({"correct": y.astype(int), "kind": [q.kind for q in rows]})
-
-    def best(columns):
-        z = np.zeros((40, 6), dtype=np.float32)
-        for i, values in columns.items():
-            z[:, i] = values
-        pooled = Pooled([[1]] * 40, np.ones(40, dtype=int), {2: {"max": csr_array(z), "mean": csr_array(z)}})
-        plan = trial.Plan(seed=5)
-        return trial.best_picks(trial.Trial(toy, plan, ("even", "odd"), rows, selection, pooled, {}, (), pd.DataFrame()))
-
-    kind = (np.arange(40) % 2 == 0) * 2.0
-    knows, only_kind = best({0: 3.0 * y, 3: kind}).iloc[0], best({3: kind}).iloc[0]
-    assert (knows.feature, knows.r, knows.fired_neg) == (0, pytest.approx(1.0), 0) and knows.r > knows.floor_kinds > knows.floor
-    assert only_kind.feature == 3 and only_kind.floor < only_kind.r == pytest.approx(only_kind.floor_kinds)
-    assert only_kind.r == pytest.approx(np.corrcoef(kind, y)[0, 1]) and (only_kind.seed, only_kind.n, only_kind.layer) == (5, 40, 2)
-    selection["correct"] = 1
-    assert best({3: kind}).empty, "one outcome only: nothing correlates"
-
-
-def test_rivals_learn_from_the_same_questions_answer_the_same_test_and_resume(tmp_path, monkeypatch):
+def test_the_other_site_and_residual_coordinates_are_read_chosen_and_steered_where_they_belong(monkeypatch):
+    """Each with its own picks; the edits' blocks are those of its reading."""
     lab = lab_with_letters()
     rows = tuple(Question("toy", str(i), f"g:{i}", f"Question {i}?", "k" if i % 2 else "zzz") for i in range(60))
-    toy = Task("toy", "contains", 1, False, {"all": rows}, units=True)
-    found = trial.run(lab, toy, trial.Plan(n_test=6, within=(0.0, 1.0)), work=QUIET)
-    assert {q.id for q in found.asked} & {q.id for q in found.test} == set() and len(found.asked) == len(found.selection)
-    answers = trial.rivals(lab, found, work=Work(out=tmp_path))
-    monkeypatch.setattr("peft.get_peft_model", lambda *_a, **_k: pytest.fail("learned twice"))
-    pd.testing.assert_frame_equal(trial.rivals(lab, found, work=Work(out=tmp_path)), answers)
-    assert set(answers.arm) <= {"residual coordinates", "LoRA, same questions"} and "LoRA, same questions" in set(answers.arm)
-    assert (answers.method == answers.arm).all() and set(answers.source) == {"toy"} and set(answers.scale) == {1.0}
-    assert set(answers.question) == set(range(6)) and set(answers.task) == {"toy"} and not hasattr(lab.hf, "peft_config")
-
-
-def test_bias_of_answers_by_arm_and_context():
-    meta = {"category": "Age", "polarity": "neg", "target": "A", "unknown": "C"}
-    test = [Question("bbq_ambig", str(i), "Age-1", "?", "C", tuple("xyz"), kind="ambig", meta=meta) for i in range(4)]
-    answers = pd.DataFrame(
-        [("calm", q, t) for q, t in enumerate([" A", "B", "C", " A."])] + [("pushed", q, "A") for q in range(4)],
-        columns=["arm", "question", "text"],
-    )
-    found = tables.bias(answers, test).set_index("arm")
-    # calm: A, B, C and no letter: of two that name someone one is the target, so 2/2 - 1 = 0; pushed: (1 - 0) x 1
-    assert found.bias["calm"] == 0.0 and found.bias["pushed"] == 1.0 and found.named.to_dict() == {"calm": 2, "pushed": 4}
-    assert found.accuracy["calm"] == pytest.approx(1 / 3) and set(found.context) == {"ambig"}
-
-
-def test_compare_counts_changes_and_its_unit_is_the_selection():
-    def run(seed, base, other):
-        arms = [(arm, i, v) for arm, values in (("baseline", base), ("x", other)) for i, v in enumerate(values)]
-        frame = pd.DataFrame(arms, columns=["arm", "question", "correct"]).assign(seed=seed, group=["a", "a", "b", "b"] * 2)
-        return frame.assign(text=frame.correct.astype(str), outcome=np.where(frame.correct, "right", "wrong"))
-
-    both = pd.concat([run(0, [1, 0, 0, 1], [1, 1, 0, 0]), run(1, [0, 0, 1, 1], [1, 1, 1, 1]), run(2, [0, 0, 0, 1], [1, 0, 0, 1])])
-    found = tables.compare(both).loc["x"]
-    assert (found.worse, found.better, found.changed, found.questions) == (1, 4, 5, 12) and found.SER == 0.2
-    gains = [0.0, 0.5, 0.25]  # one number a selection, whatever the questions
-    plain = scipy.stats.ttest_1samp(gains, 0).confidence_interval(0.95)
-    assert found.gain.n == 3 and (found.gain.low, found.gain.high) == pytest.approx((plain.low, plain.high))
-    assert found.accuracy.value == pytest.approx(np.mean([0.5, 1.0, 0.5]))
-    once = tables.compare(both[(both.arm == "baseline") | (both.seed == 1)], n_boot=200).loc["x"]  # asked in one run only
-    assert (once.gain.n, once.gain.groups, once.gain.value) == (4, 2, 0.5) and once.accuracy.value == 1.0
-    assert (once.gain.low, once.gain.high) == (0.0, 1.0)  # a draw of twice b; twice a
+    toy, seen, real = Task("toy", "contains", 1, False, {"all": rows}, units=True), [], trial.generate
+    coin = np.random.default_rng(0)
+    grade = trial.graded
+    monkeypatch.setattr(trial, "graded", lambda t, x, q: grade(t, x, q).assign(correct=coin.integers(2, size=len(x))))
+    monkeypatch.setattr(trial, "generate", lambda l, p, arms, **how: seen.append(arms) or real(l, p, arms, **how))
+    found = trial.run(lab, toy, trial.Plan(n_test=6, draws=1), work=QUIET)
+    assert list(found.readings) == ["", "residual coordinates", "CorrSteer-A, post"]
+    (own,), (raw,), (post,) = (found.picks[name] for name in ("CorrSteer-A", "residual coordinates", "CorrSteer-A, post"))
+    blocks = {arm.name.split(": ")[1]: [(e.layer, e.vector) for e in arm.edits] for arm in seen[-1]}
+    for name, block, row in (
+        ("CorrSteer-S", 1, lab.saes[2].W_dec[own.feature]),
+        ("residual coordinates", 1, torch.eye(64)[raw.feature]),
+        ("CorrSteer-A, post", 2, lab.saes[2].W_dec[post.feature]),
+    ):
+        ((layer, vector),) = blocks[name]
+        assert layer == block and torch.equal(vector, row.detach()), name
+    assert set(found.answers[found.answers.method == "residual coordinates"].question) == set(range(6))
+    assert list(trial.readings(tiny.lab(saes={0: tiny.planted_sae()}), replace(POST, others=True))) == ["", "residual coordinates"]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -218,63 +245,3 @@ def test_constrained_answers_are_letters():
     assert set(texts.text) <= set("ABCD")
     toy, rows = task(new=1)
     assert set(trial.ask(lab, toy, rows, allowed=ids, work=QUIET).text) <= set("ABCD")
-
-
-def test_lora_learns_the_answers_and_leaves_the_model_alone():
-    lab = tiny.lab()
-    model = lab.hf
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    toy, rows = task()
-    whole = {name: (type(m), len(vars(m))) for name, m in model.named_modules()}
-    ids = torch.tensor([[1, 5, 9, 7]])
-    plain = model(input_ids=ids).logits
-    storage = {name: p.data_ptr() for name, p in model.named_parameters()}
-
-    def untouched():
-        return {name: (type(m), len(vars(m))) for name, m in model.named_modules()} == whole and all(
-            torch.equal(p, before[name]) and p.data_ptr() == storage[name] and p.requires_grad for name, p in model.named_parameters()
-        )
-
-    with lora(lab, rows, lr=2e-2, epochs=20, batch_size=4) as tuned:
-        assert trial.ask(tuned, toy, rows, work=QUIET).correct.mean() > 0.9
-    assert untouched() and torch.equal(model(input_ids=ids).logits, plain)  # bit by bit, no copy and no adapter is left
-    assert trial.ask(lab, toy, rows, work=QUIET).correct.mean() < 0.9
-    learnt = []
-    for _ in range(2):
-        with lora(lab, rows, lr=2e-2, batch_size=4) as tuned:
-            learnt.append([p.clone() for p in tuned.hf.parameters()])
-    assert len(learnt[0]) > len(before) and all(torch.equal(a, b) for a, b in zip(*learnt))
-    with pytest.raises(KeyboardInterrupt), lora(lab, rows, batch_size=4):
-        raise KeyboardInterrupt
-    assert untouched()
-    with pytest.raises(ValueError, match="at least one question"), lora(lab, []):
-        pass
-
-
-def test_an_epoch_of_fine_tuning_sees_every_row_once():
-    lab, seen, rows = tiny.lab(), [], task()[1][:5]
-    watch = lambda _m, _a, kwargs: seen.append(kwargs["input_ids"][0].tolist())  # noqa: E731
-    handle = lab.hf.base_model.register_forward_pre_hook(watch, with_kwargs=True)
-    with lora(lab, rows, batch_size=1):
-        handle.remove()
-    expected = [[*prompt_ids(lab.tokenizer, q.prompt), *lab.tokenizer(" k", add_special_tokens=False)["input_ids"], 2] for q in rows]
-    assert sorted(seen) == sorted(expected)
-
-
-def test_fine_tuning_follows_the_loss_that_transformers_defines(monkeypatch):
-    """One batch, padded by hand on the right; the loss is on answer and end alone."""
-    lab, rows, seen = tiny.lab(), (*task()[1][:4], Question("toy", "x", "g", "A longer question, is it?", "k")), []
-    asked = [prompt_ids(lab.tokenizer, q.prompt) for q in rows]
-    answer = [*lab.tokenizer(" k", add_special_tokens=False)["input_ids"], 2]
-    width = max(map(len, asked)) + len(answer)
-    padded = lambda value, fill: torch.tensor([(row := value(ids)) + [fill] * (width - len(row)) for ids in asked])  # noqa: E731
-    batch = {"input_ids": padded(lambda ids: ids + answer, 0), "attention_mask": padded(lambda ids: [1] * len(ids + answer), 0)}
-    oracle = lab.hf(**batch, labels=padded(lambda ids: [-100] * len(ids) + answer, -100)).loss.item()
-    monkeypatch.setattr(finetune, "cross_entropy", lambda *a: seen.append(torch.nn.functional.cross_entropy(*a)) or seen[-1])
-    with lora(lab, rows, batch_size=5):
-        pass
-    assert len(seen) == 1 and seen[0].item() == pytest.approx(oracle, rel=1e-5)
-
-
-def test_what_is_learned():
-    assert target(Question("t", "1", "g", "Answer:", "B")) == " B" and target(Question("t", "1", "g", "Q\n", "Paris | Lutetia")) == "Paris"
