@@ -101,7 +101,7 @@ def texts(args: argparse.Namespace) -> None:
     at = load.open(spec, layers=[spec.primary_layer], saes=args.saes, dtype="auto", check=not args.saes).at()
     vectors = made(at, args.effects, args.shares, args.kinds, args.penalties)
     protocol = bcs.Protocol(scales=SCALES, samples=args.samples)
-    work = Work(256, args.out.parent / (args.out.name + "-{key}.jsonl"))
+    work = Work(args.batch_size, args.out.parent / (args.out.name + "-{key}.jsonl"))
     bcs.save_scores(bcs.sweep(at.lab, vectors, protocol=protocol, judges=panel(dtype="bfloat16"), work=work), args.out)
 
 
@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     add[texts]("--kinds", nargs="+", default=["plain", "SAE-TS", "FGAA", "started"])
     add[texts]("--penalties", type=float, nargs="+", default=[], help="of the ridge fit; one of them is one for all features")
     add[texts]("--samples", type=int, default=16)
+    add[texts]("--batch-size", type=int, default=256, help="rows decoded together")
     add[table]("--first", type=Path, nargs=2, required=True, help="scores of the notebooks 04 and 05 on the first ground")
     add[table]("--one", type=Path, required=True, help="texts on the first SAEs, one penalty for all features")
     add[table]("--own", type=Path, required=True, help="texts on the first SAEs, a penalty for each feature")

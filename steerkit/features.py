@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from steerkit.concept import Concept
 from steerkit.engine.lab import Lab, Place
-from steerkit.engine.memory import halving
+from steerkit.engine.memory import at_once, halving
 from steerkit.engine.packed import packed_linears
 from steerkit.engine.steer import eager, residual_blocks
 from steerkit.engine.tokens import text_ids
@@ -113,10 +113,10 @@ def feature_means(
     texts: Iterable[str],
     *,
     include_first: bool = False,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     max_tokens: int = 128,
 ) -> Float[Tensor, "texts d_sae"]:
-    """Return each text's mean feature activations over its ordinary positions (encode first, then average).
+    """Return each text's mean feature activations over its ordinary positions (encode first, then average); 32 together (`at_once`).
 
     include_first=True averages over all positions, the beginning-of-text token included, as FGAA section 3.1 does. Where
     that token's activations are many times the others', prompt length would become the main difference between texts.
@@ -133,8 +133,8 @@ def feature_means(
         keep = keep.to(acts.device)
         return ((acts * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp_min(1)).cpu()
 
-    texts = strings("texts", texts)
-    batches = [texts[at : at + batch_size] for at in range(0, len(texts), batch_size)]
+    texts, size = strings("texts", texts), batch_size or at_once(32, at.model.device)
+    batches = [texts[start : start + size] for start in range(0, len(texts), size)]
     return torch.cat([part for batch in batches for part in halving(means, batch)])
 
 

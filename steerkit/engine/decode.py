@@ -203,7 +203,8 @@ def groups(keys: Sequence[Hashable], device) -> tuple[Int[Tensor, " groups"], In
     """Return the first row of each group of equal keys, and the group of each row."""
     number: dict[Hashable, int] = {}
     group = [number.setdefault(key, len(number)) for key in keys]
-    return torch.tensor([group.index(g) for g in range(len(number))], device=device), torch.tensor(group, device=device)
+    first = {g: row for row, g in reversed(list(enumerate(group)))}
+    return torch.tensor([first[g] for g in range(len(number))], device=device), torch.tensor(group, device=device)
 
 
 def _decode_steps(model, token, mask, cache, steering: Steering, tally: Tally, noise, sampling: Sampling, state, show) -> list[Completion]:
@@ -219,12 +220,14 @@ def _decode_steps(model, token, mask, cache, steering: Steering, tally: Tally, n
         new = draw(logits, noise[alive, step], sampling, state)
         stopped = torch.isin(new, stop)
         show(step, alive, stopped, state)
-        last = step == sampling.max_new_tokens - 1
-        for row, t, end, i in zip(alive.tolist(), new.tolist(), stopped.tolist(), state.tolist()):
+        ends, last = stopped.tolist(), step == sampling.max_new_tokens - 1
+        if last or True in ends:
+            count, total = tally.count.tolist(), tally.total.tolist()  # at once: a GPU is waited for at every number
+        for row, t, end, i in zip(alive.tolist(), new.tolist(), ends, state.tolist()):
             tokens[row] += [] if end and not sampling.keep_stop else [t]
             if end or last:
-                n = int(tally.count[i])
-                found[row] = Completion(tokens[row], n, float(tally.total[i]) / max(n, 1))
+                n = int(count[i])
+                found[row] = Completion(tokens[row], n, total[i] / max(n, 1))
         if len(found) == len(tokens):
             break
         alive, new, state = alive[~stopped], new[~stopped], state[~stopped]

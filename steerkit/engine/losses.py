@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from steerkit.engine.memory import halving
+from steerkit.engine.memory import at_once, halving
 from steerkit.engine.packed import packed_linears
 from steerkit.engine.partial import starting_from
 
@@ -44,13 +44,14 @@ def next_token_losses(logits: Float[Tensor, "batch pos vocab"], ids: Int[Tensor,
     return flat.view(len(ids), -1)
 
 
-def token_losses(model, tokenizer, ids: Sequence[list[int]], *, batch_tokens: int = 1024) -> list[np.ndarray]:
+def token_losses(model, tokenizer, ids: Sequence[list[int]], *, batch_tokens: int | None = None) -> list[np.ndarray]:
     """Return for each row of token ids the losses -log p(t_i | bos, t_<i) in nats, of the model without steering.
 
-    Rows are sorted by length, padded on the right and masked; a batch holds about `batch_tokens` positions.
+    Rows are sorted by length, padded on the right and masked; a batch holds about `batch_tokens` positions, 1024 by default (`at_once`).
     Raises ValueError for a tokenizer that has no token to begin with.
     """
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    batch_tokens = batch_tokens or at_once(1024, model.device)
     if bos is None:
         raise ValueError("expected a tokenizer with a beginning-of-text token, got none; set tokenizer.bos_token")
 

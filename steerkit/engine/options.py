@@ -90,7 +90,8 @@ def option_logliks(
             r, _, a, _ = rows[lost[0]]
             at = f"row {r}, arm {arms[a].name!r}, scale {arms[a].scale:g}"
             raise ValueError(f"{at}: expected finite losses, got NaN or infinity in {model.dtype}: lower the scale, or use float32")
-        return [{"row": r, "loglik": [float(x) for x, row in zip(found, rows) if row[0] == r]} for r in batch]
+        logliks = iter(found.tolist())  # in the order of `rows`
+        return [{"row": r, "loglik": [next(logliks) for _ in told[plan[r][0]]]} for r in batch]
 
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     for batch in bar([b for b in batches if not journal.has(b)], "score options", "batch", show=work.progress):

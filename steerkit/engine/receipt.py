@@ -52,9 +52,9 @@ class Receipt:
                 f"layer {layer}, rows {lost}: expected a finite residual stream, got NaN or infinity in {after.dtype}: "
                 "lower the scale, or open the model in float32"
             )
-        rows = self.ratios.setdefault(layer, [{} for _ in self.tokens])
+        rows, ratios = self.ratios.setdefault(layer, [{} for _ in self.tokens]), ratio.tolist()
         for row, t in (after != before).any(-1).nonzero().tolist():
-            rows[row][position[row][t]] = float(ratio[row, t])
+            rows[row][position[row][t]] = ratios[row][t]
             self.acted = True
 
     @property

@@ -199,7 +199,8 @@ class Steering:
         elif isinstance(self.given, Tensor):
             if len(self.given) != len(ids):
                 raise ValueError(f"prompt_length: expected one entry a row, {len(ids)} rows in this call, got {len(self.given)}")
-            prompts = [row[keep][:n].tolist() for row, keep, n in zip(ids, self.real, self.given.tolist())]
+            rows = zip(ids.cpu(), self.real.cpu(), self.given.tolist())  # moved once: a GPU is waited for at every row
+            prompts = [row[keep][:n].tolist() for row, keep, n in rows]
             if self.first not in (None, prompts):
                 raise ValueError("prompt_length: expected the prompts that it was given for, got others: open one context a batch")
             self.first = prompts

@@ -19,9 +19,9 @@ def peaks_at_start(at: Place, texts: Sequence[str]) -> Bool[Tensor, " d_sae"]:
     first, rest = [], []
     for ids, mask in token_batches(at.tokenizer, texts):
         resid, real = read(at, ids, mask, include_first=True)
-        acts = (at.sae.encode(resid.to(at.sae.dtype)) * real[..., None]).cpu()
-        first.append(acts[:, 0].amax(0))
-        rest.append(acts[:, 1:].amax((0, 1)))
+        acts = at.sae.encode(resid.to(at.sae.dtype)) * real[..., None]
+        first.append(acts[:, 0].amax(0).cpu())
+        rest.append(acts[:, 1:].amax((0, 1)).cpu())
     first, rest = torch.stack(first).amax(0), torch.stack(rest).amax(0)
     return (first > 0) & (first >= rest)
 

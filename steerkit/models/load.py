@@ -119,6 +119,9 @@ def load_model(spec: Preset, *, device: str = "auto", dtype: str | torch.dtype |
         raise ValueError(f"{spec.name}.bos: expected a token of this tokenizer, got {spec.bos!r}; see data/models.yaml")
     tok.bos_token, tok.padding_side = bos, "left"
     tok.pad_token = tok.pad_token or tok.eos_token
+    if torch.device(device).type == "cuda":
+        # From torch 2.11 on a Hopper GPU's first choice; it plans anew for every shape, and each step of a decode has its own.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return hf.to(device).eval(), tok
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from steerkit import data
 from steerkit.engine.lab import Place
 from steerkit.engine.losses import steered_token_losses
+from steerkit.engine.memory import at_once
 from steerkit.engine.packed import packed_linears
 from steerkit.engine.steer import Add, check_edits
 from steerkit.features import residuals, token_batches
@@ -74,15 +75,15 @@ def steered_losses(
 
     loss = mean over t >= 1 of -log p(x_t | x_<t; h + s v), with the beginning-of-text token as x_0 where there is one. Every
     vector is taken at every scale, as it is: pass unit vectors for scales in residual units. Scale 0 is the unsteered model.
-    Texts are cut to `max_tokens`; pads never count. work: 32 rows (text x vector x scale) run together by default; nothing is
-    kept on disk.
+    Texts are cut to `max_tokens`; pads never count. work: 32 rows (text x vector x scale) run together by default
+    (`at_once`); nothing is kept on disk.
 
     Raises ValueError for no texts, a text without a second token, or vectors that do not fit the model.
 
     >>> steered_losses(lab.at(13), texts, vectors, [0.0, 40.0]).shape    # doctest: +SKIP
     (5, 2, 100)
     """
-    how = {"rows": work.rows(32), "max_tokens": max_tokens, "progress": work.progress}
+    how = {"rows": work.rows(at_once(32, at.model.device)), "max_tokens": max_tokens, "progress": work.progress}
     totals, count = _summed_losses(at, texts, vectors, scales, **how)
     return totals / count
 
@@ -165,7 +166,8 @@ def prefers_good(
     >>> bootstrap(good[0, 1], groups=pairs.UID)                         # doctest: +SKIP
     """
     texts = [*pairs.sentence_good, *pairs.sentence_bad]
-    totals, _ = _summed_losses(at, texts, vectors, scales, rows=work.rows(64), max_tokens=sys.maxsize, progress=work.progress)
+    how = {"rows": work.rows(at_once(64, at.model.device)), "max_tokens": sys.maxsize, "progress": work.progress}
+    totals, _ = _summed_losses(at, texts, vectors, scales, **how)
     return totals[..., : len(pairs)] < totals[..., len(pairs) :]
 
 
@@ -187,6 +189,7 @@ def chooses_right(
         raise ValueError(f"questions: expected one number of choices, got {sorted(options)}")
     letters = LETTERS[: options.pop()]
     texts = [f"{q.prompt} {letter}" for q in questions for letter in letters]
-    totals, _ = _summed_losses(at, texts, vectors, scales, rows=work.rows(64), max_tokens=sys.maxsize, progress=work.progress)
+    how = {"rows": work.rows(at_once(64, at.model.device)), "max_tokens": sys.maxsize, "progress": work.progress}
+    totals, _ = _summed_losses(at, texts, vectors, scales, **how)
     best = totals.reshape(*totals.shape[:2], len(questions), len(letters)).argmin(-1)
     return best == np.array([letters.index(q.gold) for q in questions])

@@ -7,24 +7,26 @@ import pandas as pd
 
 from steerkit.engine.generate import BASELINE
 from steerkit.engine.lab import Place
+from steerkit.engine.memory import at_once
 from steerkit.features import feature_means
 from steerkit.stats import Interval, t_interval
 
 
-def side_effects(at: Place, texts: pd.DataFrame, targets: Mapping[str, int], *, batch_size: int = 64) -> pd.DataFrame:
+def side_effects(at: Place, texts: pd.DataFrame, targets: Mapping[str, int], *, batch_size: int | None = None) -> pd.DataFrame:
     """Return a row for each topic, prompt, method and scale: what became of the topic's target feature, and of all other features.
 
     texts: those of a sweep (`bcs.sweep`), read with steering off. y = mean activations of an arm's texts minus those of unsteered
     ones. target: y_j of the target j. other: the size |y| without j, estimated as sqrt(max(0, y_even . y_odd)) from the two halves of
     the samples, whose noise is independent: the size of one noisy y would grow with its noise. Both in activation units.
+    64 texts are read together (`at_once`).
 
     Raises ValueError for a topic without unsteered texts, or an arm with fewer than two samples.
 
     >>> side_effects(lab.at(13), bcs.sweep(lab, made), {"love": 2066})    # doctest: +SKIP
     """
-    rows = []
+    rows, size = [], batch_size or at_once(64, at.model.device)
     for (topic, prompt), part in texts[texts.topic.isin(targets)].groupby(["topic", "prompt"]):
-        means = feature_means(at, (part.prompt + part.text).tolist(), batch_size=batch_size).double().numpy()
+        means = feature_means(at, (part.prompt + part.text).tolist(), batch_size=size).double().numpy()
         odd = (part["sample"] % 2).to_numpy().astype(bool)
         arms = part.groupby(["method", "scale"]).indices
         if (BASELINE.name, 0.0) not in arms or (few := [arm for arm, rows_ in arms.items() if odd[rows_].all() or not odd[rows_].any()]):

@@ -194,8 +194,8 @@ def test_shipped_form_is_within_its_stated_error(tmp_path):
     kept = Effects(vectors(4), torch.rand(4), means - base, base)
     back, about = E.load(E.save(kept, tmp_path / "e.safetensors", {"seed": 3}), vectors(4))
     assert about == {"seed": 3} and torch.equal(back.scales, kept.scales) and torch.equal(back.baseline, base)
-    off = (back.effects - kept.effects).abs() / means.mean(1).amax(1, keepdim=True)
-    assert off.max() < 0.004 + 1e-6
+    off = (back.effects - kept.effects).abs() / means.mean(1).amax(0)
+    assert off.max() < 0.033 + 1e-6
     torch.testing.assert_close(E.load(tmp_path / "e.safetensors", vectors(9))[0].vectors, vectors(9)[:4])  # the first four of nine
     with pytest.raises(ValueError, match="at least 4 vectors, got 3"):
         E.load(tmp_path / "e.safetensors", vectors(3))
