@@ -77,7 +77,7 @@ def _ship(path: Path, found: dict[int, Effects], held: Bool[Tensor, " n"], about
     held = held[: len(first.scales)]
     target = torch.stack([e.effects[held[: len(e.scales)]] for e in found.values()]).mean(0)
     each = about["prompts"] * about["samples"]
-    table = budget(first.vectors[~held], first.parts[~held], first.vectors[held], target, targets=targets, rollouts=each)
+    table = budget(first.vectors[~held], first.effects[~held], first.vectors[held], target, targets=targets, rollouts=each)
     write_atomic(path.parent / "budget.csv", table.to_csv(index=False, float_format="%.4f"))
 
 

@@ -150,16 +150,18 @@ def target(features: Whole | Mapping[int, float], d_sae: int) -> Float[Tensor, "
     return out
 
 
-def aim(fitted: Approximator, at: Place, wanted: Wanted, *, strength: float = 1.0, name: str = "SAE-TS") -> SteeringVector:
+def aim(fitted: Approximator, at: Place, wanted: Wanted, *, strength: float = 1.0, name: str = "") -> SteeringVector:
     """Return the vector aimed at a target t in feature space: norm(norm(M t) - lambda norm(M b)) (SAE-TS eq. 3, FGAA eq. 5).
 
     wanted: a feature, weights by feature, or t itself, such as `fgaa.target` gives; only the ratios inside t matter.
-    strength: lambda, 1 in both papers. ValueError for a target that M sends to zero.
+    strength: lambda, 1 in both papers. name: "SAE-TS" by default, with lambda where that is not 1. ValueError for a target that M
+    sends to zero.
 
     Example: `aim(fitted, lab.at(13), 2066)`.
     """
     t = _target(fitted, wanted)
     direction = unit(fitted.M @ t) - strength * unit(fitted.Mb)
+    name = name or {0.0: "SAE-TS, no Mb", 1.0: "SAE-TS"}.get(strength, f"SAE-TS, lambda {strength:g}")
     return SteeringVector(name, direction, at.layer, at.preset, {"method": name, "lambda": strength, "target": _about(t)})
 
 
@@ -235,7 +237,7 @@ def split_half(x: Float[Tensor, "n d_model"], y: Float[Tensor, "n d_sae"], *, se
 
 def budget(
     x: Float[Tensor, "n d_model"],
-    parts: Float[Tensor, "n 2 d_sae"],
+    y: Float[Tensor, "n d_sae"],
     x_new: Float[Tensor, "m d_model"],
     y_new: Float[Tensor, "m d_sae"],
     *,
@@ -243,20 +245,17 @@ def budget(
     rollouts: int = 14,
     halvings: int = 5,
 ) -> pd.DataFrame:
-    """Return what rollouts buy: the ridge fit against the rollouts spent, all of each vector's, or half on twice as many vectors.
+    """Return what rollouts buy: the ridge fit on all vectors, a half of them, a quarter, and so on.
 
-    All vectors, a half of them, a quarter, and so on. parts: effects by every other prompt, of which "half" takes the first. Columns:
-    prompts (rollouts a vector), vectors, rollouts; cosine with the held-out effects y_new and its interval over held-out vectors, n; the
-    median of `split_half` over 512 features drawn at random, and over `targets`, the ones that will be aimed at.
+    rollouts: behind each vector's effect. Columns: vectors, rollouts (in all); cosine with the held-out effects y_new and its interval
+    over held-out vectors, n; the median of `split_half` over 512 features drawn at random, and over `targets`, the ones that will be
+    aimed at.
     """
-    rows, centre = [], parts.mean((0, 1))
-    some = torch.randperm(parts.shape[2], generator=torch.Generator().manual_seed(0))[:512].tolist()
-    for each, y in ((rollouts // 2, parts[:, 0]), (rollouts, parts.mean(1))):
-        for n in (len(x) >> k for k in reversed(range(halvings + 1))):
-            own = y[:n].mean(0)  # half of the prompts have another mean effect, which is not what is asked
-            i = bootstrap(agreement(fit_ridge(x[:n], y[:n])[0](x_new) - own + centre, y_new, centre)["cosine"])
-            halves = split_half(x[:n], y[:n, [*some, *targets]])
-            medians = [float(part.median()) for part in (halves[: len(some)], halves[len(some) :])]  # nan where there are no targets
-            rows.append([each, n, n * each, i.value, i.low, i.high, i.n, *medians])
-    names = ["prompts", "vectors", "rollouts", "cosine", "low", "high", "n", "split_half", "split_half_targets"]
-    return pd.DataFrame(rows, columns=names)
+    rows, centre = [], y.mean(0)
+    some = torch.randperm(y.shape[1], generator=torch.Generator().manual_seed(0))[:512].tolist()
+    for n in (len(x) >> k for k in reversed(range(halvings + 1))):
+        i = bootstrap(agreement(fit_ridge(x[:n], y[:n])[0](x_new), y_new, centre)["cosine"])
+        halves = split_half(x[:n], y[:n, [*some, *targets]])
+        medians = [float(part.median()) for part in (halves[: len(some)], halves[len(some) :])]  # nan where there are no targets
+        rows.append([n, n * rollouts, i.value, i.low, i.high, i.n, *medians])
+    return pd.DataFrame(rows, columns=["vectors", "rollouts", "cosine", "low", "high", "n", "split_half", "split_half_targets"])
