@@ -108,7 +108,7 @@ def texts(args: argparse.Namespace) -> None:
 def table(args: argparse.Namespace) -> None:
     """Compare the sweeps, one change of ground after the other, on the opening that all of them have."""
     first, one, own, new = (read(paths) for paths in (args.first, [args.one], [args.own], args.new))
-    own = pd.concat([own, one[one.method.isin(["CAA", "SAE row"])]])
+    own = pd.concat([own, one[one.method.isin(["CAA", "SAE row"])]], ignore_index=True)
     new = new.assign(method=new.method.replace("SAE-TS", "SAE-TS, lambda 1"))
     plain, chosen = variants(1.0, chosen=False, started=True), variants(1.0, chosen=True)
     all_new = {name: [m for m in new.method.unique() if m.startswith(name)] for name in chosen}
