@@ -48,9 +48,9 @@ def test_adapter_and_effects_are_read_as_ours(tmp_path, monkeypatch):
 
 def test_shipped_effects_belong_to_their_vectors():
     """Decoder rows and sums are made again from any W_dec of the right size; which of them are held out is known."""
-    at = place("smollm2-135m", 13, torch.randn(4096, 8, generator=torch.Generator().manual_seed(0)))
+    at = place("smollm2-135m", 13, torch.randn(8192, 8, generator=torch.Generator().manual_seed(0)))
     found, held, repeat, about = published.measured(at)
-    assert len(found.vectors) == len(held) == len(found.scales) and found.effects.shape[1] == 4096
+    assert len(found.vectors) == len(held) == len(found.scales) and found.effects.shape[1] == 8192
     assert held.sum() == len(repeat.scales) and torch.equal(found.vectors[held], repeat.vectors)
     assert (about["preset"], about["layer"]) == ("smollm2-135m", 13)
 
