@@ -10,6 +10,7 @@ from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Text = Annotated[str, StringConstraints(pattern=r"\S")]  # with something in it
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast, where PyYAML has its C part
 _WORDS = {"dict_type": "a mapping", "dataclass_type": "a mapping", "list_type": "a list", "tuple_type": "a list"}
 _WORDS |= {"string_type": "text in quotes", "string_pattern_mismatch": "text", "bool_type": "true or false"}
 _WORDS |= {"int_type": "a whole number", "int_parsing": "a whole number", "float_type": "a number"}
@@ -26,7 +27,7 @@ def read_yaml(path: str | Path, kind, **more):
         keys = f" with the keys {', '.join(k for k in get_type_hints(kind) if k not in more)}" if is_dataclass(kind) else ""
         raise FileNotFoundError(f"{path}: expected a YAML file{keys}, got no such file: check the path")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=LOADER)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, got text that cannot be read as such: {error}") from None
     content = content | more if isinstance(content, dict) else content
