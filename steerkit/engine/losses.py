@@ -27,8 +27,8 @@ def forward_losses(model: nn.Module, ids: Int[Tensor, "batch pos"], **inputs) ->
 
 def hidden_losses(model: nn.Module, hidden: Float[Tensor, "n d_model"], next_ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Return -log p(next token) in nats, in float32, from what the last norm puts out; never more than `LOGITS` logits at a time."""
-    at_once = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
-    parts = zip(hidden.split(at_once), next_ids.split(at_once))
+    most = max(1, LOGITS // model.get_output_embeddings().weight.shape[0])
+    parts = zip(hidden.split(most), next_ids.split(most))
     return torch.cat([nn.functional.cross_entropy(_logits(model, some).float(), ids, reduction="none") for some, ids in parts])
 
 

@@ -34,13 +34,14 @@ QUIET = Work(progress=False)
 
 @torch.inference_mode()
 def _summed_losses(
-    at: Place, texts, vectors, scales, *, rows: int, max_tokens: int, progress: bool
+    at: Place, texts, vectors, scales, *, rows: int, max_tokens: int, work: Work
 ) -> tuple[Float[np.ndarray, "n scales texts"], Int[np.ndarray, " texts"]]:
-    """Return each text's loss summed over its predicted tokens, in nats, and the number of those; `rows` run together."""
+    """Return each text's loss summed over its predicted tokens, in nats, and the number of those; `rows` run together by default."""
     texts, vectors, scales = strings("texts", texts), tensor("vectors", vectors), tensor("scales", scales)
     if not texts or not len(vectors) or not len(scales):
         raise ValueError(f"expected a text, a vector and a scale at least, got {len(texts)}, {len(vectors)} and {len(scales)}")
     device, scales = at.model.device, scales.to(vectors.device, torch.float32)
+    rows = work.rows(at_once(rows, device))
     steps = torch.einsum("nd,s->nsd", vectors.float(), scales).flatten(0, 1).to(device)
     check_edits(at.model, [Add(at.layer, steps)])
     steps, same = torch.unique(steps, dim=0, return_inverse=True)  # scale 0 runs once for all vectors
@@ -49,7 +50,7 @@ def _summed_losses(
     size = max(1, rows // len(steps))
     batches = token_batches(at.tokenizer, [texts[i] for i in order], batch_size=size, max_tokens=max_tokens)
     with packed_linears(at.model):
-        for ids, mask in bar(batches, "losses", "batch", show=progress):
+        for ids, mask in bar(batches, "losses", "batch", show=work.progress):
             where, done = order[done : done + len(ids)], done + len(ids)
             count[where] = mask.sum(1).numpy() - 1
             if short := [texts[i] for i in where if count[i] < 1]:
@@ -83,8 +84,7 @@ def steered_losses(
     >>> steered_losses(lab.at(13), texts, vectors, [0.0, 40.0]).shape    # doctest: +SKIP
     (5, 2, 100)
     """
-    how = {"rows": work.rows(at_once(32, at.model.device)), "max_tokens": max_tokens, "progress": work.progress}
-    totals, count = _summed_losses(at, texts, vectors, scales, **how)
+    totals, count = _summed_losses(at, texts, vectors, scales, rows=32, max_tokens=max_tokens, work=work)
     return totals / count
 
 
@@ -166,8 +166,7 @@ def prefers_good(
     >>> bootstrap(good[0, 1], groups=pairs.UID)                         # doctest: +SKIP
     """
     texts = [*pairs.sentence_good, *pairs.sentence_bad]
-    how = {"rows": work.rows(at_once(64, at.model.device)), "max_tokens": sys.maxsize, "progress": work.progress}
-    totals, _ = _summed_losses(at, texts, vectors, scales, **how)
+    totals, _ = _summed_losses(at, texts, vectors, scales, rows=64, max_tokens=sys.maxsize, work=work)
     return totals[..., : len(pairs)] < totals[..., len(pairs) :]
 
 
@@ -189,7 +188,6 @@ def chooses_right(
         raise ValueError(f"questions: expected one number of choices, got {sorted(options)}")
     letters = LETTERS[: options.pop()]
     texts = [f"{q.prompt} {letter}" for q in questions for letter in letters]
-    how = {"rows": work.rows(at_once(64, at.model.device)), "max_tokens": sys.maxsize, "progress": work.progress}
-    totals, _ = _summed_losses(at, texts, vectors, scales, **how)
+    totals, _ = _summed_losses(at, texts, vectors, scales, rows=64, max_tokens=sys.maxsize, work=work)
     best = totals.reshape(*totals.shape[:2], len(questions), len(letters)).argmin(-1)
     return best == np.array([letters.index(q.gold) for q in questions])
