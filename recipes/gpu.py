@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="steps to run")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--saes", nargs="+", default=SAES, help="LAYER[:FEATURES] ...")
-    sizes = {"tokens": 37_000_000, "batch": 4096, "block-rows": 8192, "llm-batch": 256, "samples": 4, "first": 8192}
+    sizes = {"tokens": 37_000_000, "batch": 4096, "block-rows": 8192, "llm-batch": 256, "samples": 2, "first": 16384}
     sizes |= {"vectors": 2048, "rollouts": 4096, "rows": 4000}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)

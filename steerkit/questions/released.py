@@ -177,8 +177,6 @@ def load_released(name: str, source: str | Path | Mapping[str, str | Path] | Non
     One MMLU-Pro file is divided by subject into train and test as the released copy is: test is the first of five folds of
     scikit-learn's GroupKFold over the ten-option questions' categories. Raises as `steerkit.questions.load`.
     """
-    from datasets import get_dataset_config_names
-
     spec, parts = SPECS[name], {}
     if isinstance(source, str | Path) and data.kind(source):
         source = {"all": source}
@@ -187,6 +185,8 @@ def load_released(name: str, source: str | Path | Mapping[str, str | Path] | Non
             raise ValueError(f"{name}: expected files for all, or for train, test and perhaps validation, got {odd or 'none'}")
         parts = {part: _questions(name, part, data.rows(path), path) for part, path in source.items()}
     else:
+        from datasets import get_dataset_config_names
+
         hub = source or spec.hub
         for part, at in spec.splits.items():
             configs = spec.configs or get_dataset_config_names(str(hub))

@@ -129,11 +129,13 @@ def minimal_pairs(source: str | Path, *, per_uid: int | None = None, seed: int =
     >>> minimal_pairs("nyu-mll/blimp", per_uid=10).UID.value_counts().unique()    # doctest: +SKIP
     array([10])
     """
-    from datasets import get_dataset_config_names
-
     if data.kind(source) and not Path(source).is_file():
         raise FileNotFoundError(f"{source}: expected a file of minimal pairs, got none: check the path, or give a hub data set id")
-    names = [None] if data.kind(source) else get_dataset_config_names(str(source))
+    names = [None]
+    if not data.kind(source):
+        from datasets import get_dataset_config_names
+
+        names = get_dataset_config_names(str(source))
     pairs = pd.DataFrame([record for name in names for record in data.rows(source, name=name)])
     if absent := [name for name in COLUMNS if name not in pairs]:
         raise ValueError(f"{source}: expected the columns {COLUMNS}, got {list(pairs)}: add or rename {absent}")

@@ -1,6 +1,6 @@
 """The supervised baseline: LoRA on the same questions that features are selected on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
@@ -112,18 +112,29 @@ def _padded(rows: Sequence[tuple[list[int], int]], pad: int) -> tuple[Tensor, Te
     return ids, mask, labels
 
 
-def tuned(lab: Lab, found: Trial, *, epochs: float = 1.0, work: Work = Work()) -> pd.DataFrame:
-    """Return the test answers of the model after LoRA on the trial's selection questions, graded as the trial's own.
+def after(
+    lab: Lab, questions: Sequence[Question], ask: Callable[[Lab], pd.DataFrame], *, about: object = (), work: Work = Work(), **how
+) -> pd.DataFrame:
+    """Return what `ask` returns of the model after LoRA on the questions (`lora`, which takes `how`).
 
-    work.out is a folder: the answers are kept there, and what was learned is not learned again; the tuned model is not kept.
+    work.out is a folder: the rows are kept there, and what was learned is not learned again; the tuned model is not kept. about: all
+    else that determines the rows, such as what is asked and how many rows run together.
+
+    >>> after(lab, questions, lambda tuned: generate(tuned, prompts), about=prompts, work=Work(out="runs/lora"))    # doctest: +SKIP
     """
-    task, seed = replace(found.task, parts={}), found.plan.seed
-    parts = (lab.hf, task, found.asked, found.test, seed, epochs, str(signature(lora)), work.rows(64))
-    key = fingerprint(*parts) if work.out else ""
+    key = fingerprint(lab.hf, list(questions), about, how, str(signature(lora))) if work.out else ""
     journal = Journal(work.path(key, f"lora-{key}.jsonl"), key)
-    if not journal.has(range(len(found.test))):
-        learned = [replace(q, gold=task.said(q)) for q in found.asked]
-        with lora(lab, learned, chat=task.chat, epochs=epochs, seed=seed) as model:
-            answers = answer(model, task, found.test, [Choice("LoRA, same questions")], found.readings, work=replace(work, out=None))
-        journal.write(answers.assign(row=range(len(answers))).to_dict("records"))
-    return pd.DataFrame([journal.rows[row] for row in range(len(found.test))]).drop(columns="row")
+    if not journal.rows:  # all rows are written at once
+        with lora(lab, questions, **how) as model:
+            rows = ask(model)
+        journal.write(rows.assign(row=range(len(rows))).to_dict("records"))
+    return pd.DataFrame([journal.rows[row] for row in range(len(journal.rows))]).drop(columns="row")
+
+
+def tuned(lab: Lab, found: Trial, *, epochs: float = 1.0, work: Work = Work()) -> pd.DataFrame:
+    """Return the test answers of the model after LoRA on the trial's selection questions, graded as the trial's own; kept as in `after`."""
+    task, alike = replace(found.task, parts={}), replace(work, out=None)
+    learned = [replace(q, gold=task.said(q)) for q in found.asked]
+    ask = lambda model: answer(model, task, found.test, [Choice("LoRA, same questions")], found.readings, work=alike)  # noqa: E731
+    about = (task, found.test, work.rows(64))
+    return after(lab, learned, ask, about=about, work=work, chat=task.chat, epochs=epochs, seed=found.plan.seed)
