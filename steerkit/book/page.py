@@ -6,37 +6,58 @@ from pathlib import Path
 
 from steerkit.files import write_atomic
 
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
 <style>
 :root {{ color-scheme: light dark }}
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 1rem; max-width: 72rem }}
 input, select {{ font: inherit; margin: 0 .6rem .6rem 0; max-width: 100% }}
-table {{ border-collapse: collapse; width: 100% }} th, td {{ text-align: left; vertical-align: top; padding: .3rem .5rem; border-bottom: 1px solid #8884 }}
-th button {{ font: inherit; font-weight: 600; border: 0; background: none; padding: 0; cursor: pointer }} td.n {{ text-align: right; white-space: nowrap }}
+table {{ border-collapse: collapse; width: 100% }}
+th, td {{ text-align: left; vertical-align: top; padding: .3rem .5rem; border-bottom: 1px solid #8884 }}
+th button {{ font: inherit; font-weight: 600; border: 0; background: none; padding: 0; cursor: pointer }}
+td.n {{ text-align: right; white-space: nowrap }}
 @media (max-width: 40rem) {{ th, td {{ padding: .2rem }} body {{ margin: .4rem; font-size: 13px }} }}
-</style><h1>{title}</h1><div id="by"></div><p id="count" aria-live="polite"></p><table><thead><tr id="head"></tr></thead><tbody id="rows"></tbody></table>
+</style>
+<h1>{title}</h1><div id="by"></div><p id="count" aria-live="polite"></p>
+<table><thead><tr id="head"></tr></thead><tbody id="rows"></tbody></table>
 <script id="data" type="application/json">{data}</script><script>
-const {{columns, rows}} = JSON.parse(document.getElementById("data").textContent), by = document.getElementById("by"), wanted = {{}};
+const {{columns, rows}} = JSON.parse(document.getElementById("data").textContent);
+const by = document.getElementById("by"), wanted = {{}};
 let order = null, up = true;
-const add = (kind, label, parent) => {{ const e = document.createElement(kind); if (label !== undefined) e.textContent = label; parent.append(e); return e; }};
+function add(kind, label, parent) {{
+  const made = document.createElement(kind);
+  if (label !== undefined) made.textContent = label;
+  parent.append(made);
+  return made;
+}}
 columns.forEach((name, c) => {{
-  const values = [...new Set(rows.map(r => r[c]))], button = add("button", name, add("th", undefined, document.getElementById("head")));
-  button.onclick = () => {{ up = order === c ? !up : true; order = c; draw(); }};
+  const values = [...new Set(rows.map(r => r[c]))];
+  add("button", name, add("th", undefined, document.getElementById("head"))).onclick = () => {{
+    up = order === c ? !up : true; order = c; draw();
+  }};
   if (values.length > 60) return;
-  const label = add("label", name + " ", by), select = add("select", undefined, label); add("option", "all", select);
+  const select = add("select", undefined, add("label", name + " ", by));
+  add("option", "all", select);
   values.sort((a, b) => a > b ? 1 : -1).forEach(v => add("option", v, select));
   select.onchange = () => {{ wanted[c] = select.value; draw(); }};
 }});
-const search = add("input", undefined, by); search.placeholder = "words in the text"; search.setAttribute("aria-label", "words in the text"); search.oninput = () => draw();
+const search = add("input", undefined, by);
+search.placeholder = "words in the text";
+search.setAttribute("aria-label", "words in the text");
+search.oninput = () => draw();
 function draw() {{
   let shown = rows.filter(r => Object.entries(wanted).every(([c, v]) => v === "all" || String(r[c]) === v));
   const word = search.value.toLowerCase();
   if (word) shown = shown.filter(r => r.some(v => String(v).toLowerCase().includes(word)));
   if (order !== null) shown.sort((a, b) => (a[order] > b[order] ? 1 : a[order] < b[order] ? -1 : 0) * (up ? 1 : -1));
-  const body = document.getElementById("rows"); body.textContent = "";
-  shown.slice(0, 300).forEach(r => {{ const line = add("tr", undefined, body);
-    r.forEach(v => {{ const cell = add("td", v, line); if (typeof v === "number") cell.className = "n"; }}); }});
-  document.getElementById("count").textContent = shown.length + " of " + rows.length + " rows" + (shown.length > 300 ? ", the first 300 shown" : "");
+  const body = document.getElementById("rows");
+  body.textContent = "";
+  shown.slice(0, 300).forEach(r => {{
+    const line = add("tr", undefined, body);
+    r.forEach(v => {{ const cell = add("td", v, line); if (typeof v === "number") cell.className = "n"; }});
+  }});
+  const part = shown.length > 300 ? ", the first 300 shown" : "";
+  document.getElementById("count").textContent = shown.length + " of " + rows.length + " rows" + part;
 }}
 draw();
 </script></html>

@@ -1,6 +1,7 @@
 """Scales at which steering costs a given rise of the loss on plain text, so that methods are compared at equal cost."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -35,11 +36,19 @@ def scales_at(
 
     >>> scales_at(lab.at(13), texts, vectors, [0.25, 0.5])    # doctest: +SKIP
     """
-    if grid[0] != 0 or any(b <= a for a, b in zip(grid, grid[1:])):
+    if grid[0] != 0 or any(b <= a for a, b in pairwise(grid)):
         raise ValueError(f"grid: expected scales that rise from 0, got {list(grid)}")
-    losses = steered_losses(at, texts, vectors, grid).mean(-1)
-    points = np.asarray(grid, dtype=float)
-    return np.array([[at_level(points, row - row[0], points, float(rise)) for rise in rises] for row in losses])
+    points, most = np.asarray(grid, dtype=float), max(map(float, rises))
+    rise, active = np.zeros((len(vectors), len(grid))), np.arange(len(vectors))
+    clean = float(steered_losses(at, texts, vectors[:1], [0.0]).mean())
+    for k, scale in enumerate(grid[1:], 1):  # a vector climbs until it has cost the most that is asked for
+        rise[:, k] = rise[:, k - 1]
+        rise[active, k] = steered_losses(at, texts, vectors[active], [float(scale)])[:, 0].mean(-1) - clean
+        active = active[rise[active, k] < most]
+        if not len(active):
+            rise[:, k:] = rise[:, [k]]
+            break
+    return np.array([[at_level(points, row, points, float(r)) for r in rises] for row in rise])
 
 
 def prompted_rise(at: Place, texts: Sequence[str], prefix: str) -> float:
