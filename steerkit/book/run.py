@@ -95,7 +95,7 @@ def execute(job: Job, *, overrides: dict | None = None, report: Callable[[str], 
     sources = [c.source for c in source.cells if c.cell_type == "code" and c.source.strip()]
     cells = Cells(job.name, sources, len(sources) + bool(changed), job.seconds, report)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in [*folder.glob("*.done"), *folder.glob("*.ipynb"), folder / "results.json"]:
+    for old in [*folder.glob("*.done"), *folder.glob("*.ipynb"), folder / "results.json", folder / "cards.json"]:
         old.unlink(missing_ok=True)
     write_atomic(folder / "status.json", json.dumps(record, indent=1))
     running, error = folder / f"{job.name}.running.ipynb", ""
