@@ -4,6 +4,9 @@ from itertools import groupby
 
 from steerkit.book.ledger import NOT_RUN, Line, sentence
 
+WORDS = """distance from no effect, in half widths of the interval
+(shaded: the paper's side; small: cards beside the first;
+two strokes: how far off a claim of no effect may be)"""
 REACH = 6.0  # half widths that are drawn on each side
 LOOK = {  # told apart by colour, and by marker, filled or hollow
     "same direction": {"color": "#2166AC", "marker": "o"},
@@ -41,11 +44,11 @@ def forest(columns: dict[str, list[Line]]):
             place[line.claim.id] = y
             ticks.append((y, line.claim.says, False))
         y += 1.3
-    fig, axes = plt.subplots(1, len(columns), figsize=(4.4 + 6.2 * len(columns), 0.225 * y + 1.1), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(columns), figsize=(4.4 + 6.2 * len(columns), 0.235 * y + 1.1), sharey=True, squeeze=False)
     for ax, (model, ledger) in zip(axes[0], columns.items()):
         _column(ax, ledger, place)
         ax.set_title(model, fontsize=9, fontweight="normal")
-        ax.set_xlabel("distance from no effect, in half widths of the interval\n(shaded: the paper's side; small: cards beside the first)", fontsize=9)
+        ax.set_xlabel(WORDS, fontsize=9)
     axes[0][0].set(ylim=(y - 0.6, -0.8), ylabel="claim, by paper")
     axes[0][0].set_yticks([at for at, *_ in ticks], [text for _, text, _ in ticks], fontsize=8)
     for label, (_, _, bold) in zip(axes[0][0].get_yticklabels(), ticks):
@@ -71,7 +74,7 @@ def _column(ax, ledger: list[Line], place: dict[str, float]) -> None:
             ax.text(1.015, at, words, transform=ax.get_yaxis_transform(), va="center", fontsize=7)
         else:
             beside[line.claim.id] = beside.get(line.claim.id, 0) + 1
-            at += 0.2 * beside[line.claim.id]
+            at += 0.18 * beside[line.claim.id]
         if line.verdict != NOT_RUN:
             _interval(ax, line, at)
 
@@ -79,11 +82,12 @@ def _column(ax, ledger: list[Line], place: dict[str, float]) -> None:
 def _interval(ax, line: Line, at: float) -> None:
     value, low, high = scaled(line)
     look, size = LOOK[line.verdict], 5.5 if line.first else 2.8
-    shown = max(-REACH, min(REACH, value))
-    if low < REACH and high > -REACH:
+    edge = REACH - 0.5
+    shown = max(-edge, min(edge, value))
+    if shown == value:
         ax.plot([max(low, -REACH), min(high, REACH)], [at, at], color=look["color"], lw=1.4 if line.first else 0.7)
-    if value != shown and line.first:  # what lies beyond the frame
-        ax.annotate("", (shown + 0.4 * (1 if shown > 0 else -1), at), (shown, at), arrowprops={"arrowstyle": "->", "color": look["color"]})
+    else:  # it lies beyond the frame
+        ax.annotate("", (shown + (0.8 if shown > 0 else -0.8), at), (shown, at), arrowprops={"arrowstyle": "->", "color": look["color"]})
     if line.card.within is not None and high > low:  # a claim of no effect: how far it may be off
         margin = line.card.within / ((line.card.ours.high - line.card.ours.low) / 2)
         ax.plot([x for x in (-margin, margin) if abs(x) <= REACH], [at] * (2 * (margin <= REACH)), "|", color="black", ms=9)

@@ -65,7 +65,7 @@ class Line:
         return f"{ours.n:,} {grouped} in {ours.groups} groups" if ours.groups else f"{ours.n:,} {alone or grouped}"
 
 
-def _said(path: Path, content: dict) -> Said:
+def _said(path: Path, content) -> Said:
     try:
         cards = [Card(**card | {"ours": card["ours"] and _interval(card["ours"])}) for card in content["cards"]]
         return Said(content["preset"], {card.claim: card for card in cards})
@@ -147,8 +147,9 @@ def counts(ledger: list[Line]) -> dict[str, int]:
 def sentence(ledger: list[Line]) -> str:
     """Return in words what came out."""
     same, other, open_, untestable = (n := counts(ledger)).values()
-    said = f"Of {sum(n.values())} claims, {same} go the paper's way, {other} the other way, {open_} are undecided"
-    return f"{said}, {untestable} cannot be tested here"
+    said = f"Of {sum(n.values())} claims, {same} come out the paper's way, {other} the other way, {open_} undecided"
+    left = sum(line.verdict == NOT_RUN for line in ledger)
+    return f"{said}, {untestable} not testable here" + (f" ({left} more not run)" if left else "")
 
 
 def frame(ledger: list[Line]):

@@ -44,7 +44,7 @@ def page(root: Path = ROOT) -> str:
         raise ValueError(f"README.md: expected a line `{BEGIN}` and a later line `{END}`, got {found} of them: put them around the table")
     said = shipped(root=root)
     ledger = lines(families(root / CLAIMS), said)
-    block = [BEGIN, "", f"{sentence(ledger)} (model: {presets(said)}).", "", *rows(ledger), "", END]
+    block = [BEGIN, "", f"Tested on {presets(said)}. {sentence(ledger)}.", "", *rows(ledger), "", END]
     return text[: text.index(BEGIN)] + "\n".join(block) + text[text.index(END) + len(END) :]
 
 
