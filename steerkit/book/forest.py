@@ -19,10 +19,10 @@ LOOK = {  # told apart by colour, and by marker, filled or hollow
 def scaled(line: Line) -> tuple[float, float, float]:
     """Return value, low and high in half widths of the interval, from no effect, with the paper's side on the right.
 
-    An interval without a width, or none at all, stays at no effect.
+    What has no interval, none with a width, or no direction stays at no effect.
     """
     card, ours = line.card, line.card.ours if line.card else None
-    if ours is None or not ours.high - ours.low > 0:
+    if ours is None or not ours.high - ours.low > 0 or (not card.side and card.within is None):
         return (0.0, 0.0, 0.0)
     half, way = (ours.high - ours.low) / 2, card.side or 1
     value, *ends = (way * (x - card.null) / half for x in (ours.value, ours.low, ours.high))
@@ -53,7 +53,8 @@ def forest(columns: dict[str, list[Line]]):
     axes[0][0].set_yticks([at for at, *_ in ticks], [text for _, text, _ in ticks], fontsize=8)
     for label, (_, _, bold) in zip(axes[0][0].get_yticklabels(), ticks):
         label.set_fontweight("bold" if bold else "normal")
-    fig.suptitle(sentence(next(iter(columns.values()))), x=0.01, ha="left", fontweight="bold", fontsize=11)
+    title = sentence(next(iter(columns.values())))
+    fig.suptitle(title[0].upper() + title[1:], x=0.01, ha="left", fontweight="bold", fontsize=11)
     handles = [plt.Line2D([], [], ls="", label=verdict, **look) for verdict, look in LOOK.items()]
     fig.legend(handles=handles, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0), fontsize=9)
     return fig

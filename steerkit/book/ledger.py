@@ -147,7 +147,7 @@ def counts(ledger: list[Line]) -> dict[str, int]:
 def sentence(ledger: list[Line]) -> str:
     """Return in words what came out."""
     same, other, open_, untestable = (n := counts(ledger)).values()
-    said = f"Of {sum(n.values())} claims, {same} come out the paper's way, {other} the other way, {open_} undecided"
+    said = f"of {sum(n.values())} claims, {same} come out the paper's way, {other} the other way, {open_} undecided"
     left = sum(line.verdict == NOT_RUN for line in ledger)
     return f"{said}, {untestable} not testable here" + (f" ({left} more not run)" if left else "")
 

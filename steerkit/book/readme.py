@@ -22,7 +22,7 @@ def rows(ledger: list[Line]) -> list[str]:
         raise ValueError(f"expected at most {MOST} claims with `readme: true`, got {len(first)}: take the mark from some")
     for one in first:
         beside = [line for line in ledger if line.claim is one.claim and line.label][:1]
-        number = f"{one.card.paper}, {one.claim.place}" if one.card else one.claim.place
+        number = "; ".join([one.card.paper] * bool(one.card) + [f"{one.paper}, {one.claim.place}"])
         here = "; ".join([f"{one.numbers} {one.claim.unit}", *(f"{line.label}: {line.numbers}" for line in beside), one.n]).rstrip("; ")
         said = "; ".join([_verdict(one), *(f"{line.label}: {_verdict(line)}" for line in beside)])
         where = f"[{one.notebook.split('_')[0]}](notebooks/{one.notebook}.ipynb)"
@@ -44,7 +44,7 @@ def page(root: Path = ROOT) -> str:
         raise ValueError(f"README.md: expected a line `{BEGIN}` and a later line `{END}`, got {found} of them: put them around the table")
     said = shipped(root=root)
     ledger = lines(families(root / CLAIMS), said)
-    block = [BEGIN, "", f"Tested on {presets(said)}. {sentence(ledger)}.", "", *rows(ledger), "", END]
+    block = [BEGIN, "", f"On the model {presets(said)}: {sentence(ledger)}.", "", *rows(ledger), "", END]
     return text[: text.index(BEGIN)] + "\n".join(block) + text[text.index(END) + len(END) :]
 
 

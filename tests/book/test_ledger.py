@@ -94,7 +94,7 @@ def test_verdicts_are_those_worked_out_by_hand(project):
     assert [(x.claim.id, x.star or x.label, x.verdict, x.holm, x.n) for x in found] == BY_HAND
     assert [x.first for x in found] == [True, False, True, True, True, True, True, True, False, True], "claims are counted once"
     assert ledger.counts(found) == {"same direction": 3, "opposite": 1, "undecided": 1, "not testable here": 2}
-    said = "Of 7 claims, 3 come out the paper's way, 1 the other way, 1 undecided, 2 not testable here (1 more not run)"
+    said = "of 7 claims, 3 come out the paper's way, 1 the other way, 1 undecided, 2 not testable here (1 more not run)"
     assert ledger.sentence(found) == said
     table = ledger.frame(found)
     assert table.claim[:2].tolist() == ["It rises", "It rises (lambda)"] and table.ours[0] == "0.10 [0.01, 0.20] points"
@@ -172,14 +172,16 @@ def test_intervals_are_drawn_from_no_effect_with_the_papers_side_on_the_right(pr
     weak, level, up = (0.1 / 0.095, 0.005 / 0.095, 0.195 / 0.095), (1 / 3, -2 / 3, 4 / 3), (4, 3, 5)
     expected = [weak, up, (-4, -5, -3), level, up, (0, -1, 1), (0, 0, 0), up]
     np.testing.assert_allclose([forest.scaled(line) for line in found[:8]], expected)
-    shifted = ledger.Line(found[0].claim, "A", "01_a", card=Card("c", "1.2", Interval(1.3, 1.2, 1.4, 9), side=1, null=1.0))
-    np.testing.assert_allclose(forest.scaled(shifted), (3, 2, 4))
+    ratio = Interval(1.3, 1.2, 1.4, 9)
+    others = [Card("c", "1.2", ratio, side=1, null=1.0), Card("c", "unclear", ratio, testable=False)]
+    lines = [ledger.Line(found[0].claim, "A", "01_a", card=card) for card in others]
+    np.testing.assert_allclose([forest.scaled(line) for line in lines], [(3, 2, 4), (0, 0, 0)])
 
 
 def test_the_figure_shows_each_card_once_in_the_look_of_its_verdict(project):
     found = planted(project)
     fig = forest.forest({"tiny": found, "other": found})
-    assert check_figure(fig, "claims") == ledger.sentence(found)
+    assert check_figure(fig, "claims") == "O" + ledger.sentence(found)[1:]
     for ax in fig.axes:
         for verdict, look in forest.LOOK.items():
             drawn = [line for line in ax.lines if line.get_marker() == look["marker"]]
@@ -216,12 +218,12 @@ def test_the_table_is_written_between_its_marks_and_nowhere_else(project):
     write_atomic(project / "README.md", f"Before\n{readme.BEGIN}\nold\n{readme.END}\nbehind\n")
     readme.main(["--root", str(project)])
     text = (project / "README.md").read_text()
-    assert text.startswith(f"Before\n{readme.BEGIN}\n\nTested on tiny. Of 7 claims, 3 come") and text.endswith(f"{readme.END}\nbehind\n")
+    assert text.startswith(f"Before\n{readme.BEGIN}\n\nOn the model tiny: of 7 claims, 3 come") and text.endswith(f"{readme.END}\nbehind\n")
     assert [line for line in text.splitlines() if line.startswith("| It")] == [
-        "| It rises | 0.2, Table 1 | 0.10 [0.01, 0.20] points; lambda: 0.40 [0.30, 0.50]; 9 seeds | same direction (undecided after Holm); "
+        "| It rises | 0.2; A, Table 1 | 0.10 [0.01, 0.20] points; lambda: 0.40 [0.30, 0.50]; 9 seeds | same direction (undecided after Holm); "
         "lambda: same direction | [01](notebooks/01_a.ipynb) |",
-        "| It is level (20) | 0, Table 1 | 0.01 [-0.02, 0.04] points; 9 seeds | same direction | [01](notebooks/01_a.ipynb) |",
-        "| It flies | Table 1 | - | not run | [02](notebooks/02_b.ipynb) |",
+        "| It is level (20) | 0; A, Table 1 | 0.01 [-0.02, 0.04] points; 9 seeds | same direction | [01](notebooks/01_a.ipynb) |",
+        "| It flies | B, Table 1 | - | not run | [02](notebooks/02_b.ipynb) |",
     ]
     assert readme.page(project) == text
 
