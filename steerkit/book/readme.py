@@ -22,7 +22,7 @@ def rows(ledger: list[Line]) -> list[str]:
         raise ValueError(f"expected at most {MOST} claims with `readme: true`, got {len(first)}: take the mark from some")
     for one in first:
         beside = [line for line in ledger if line.claim is one.claim and line.label][:1]
-        number = "; ".join([one.card.paper] * bool(one.card) + [f"{one.paper}, {one.claim.place}"])
+        number = (f"{one.card.paper}; " if one.card else "") + f"{one.paper}, {one.claim.place}"
         here = "; ".join([f"{one.numbers} {one.claim.unit}", *(f"{line.label}: {line.numbers}" for line in beside), one.n]).rstrip("; ")
         said = "; ".join([_verdict(one), *(f"{line.label}: {_verdict(line)}" for line in beside)])
         where = f"[{one.notebook.split('_')[0]}](notebooks/{one.notebook}.ipynb)"

@@ -220,8 +220,8 @@ def test_the_table_is_written_between_its_marks_and_nowhere_else(project):
     text = (project / "README.md").read_text()
     assert text.startswith(f"Before\n{readme.BEGIN}\n\nOn the model tiny: of 7 claims, 3 come") and text.endswith(f"{readme.END}\nbehind\n")
     assert [line for line in text.splitlines() if line.startswith("| It")] == [
-        "| It rises | 0.2; A, Table 1 | 0.10 [0.01, 0.20] points; lambda: 0.40 [0.30, 0.50]; 9 seeds | same direction (undecided after Holm); "
-        "lambda: same direction | [01](notebooks/01_a.ipynb) |",
+        "| It rises | 0.2; A, Table 1 | 0.10 [0.01, 0.20] points; lambda: 0.40 [0.30, 0.50]; 9 seeds | "
+        "same direction (undecided after Holm); lambda: same direction | [01](notebooks/01_a.ipynb) |",
         "| It is level (20) | 0; A, Table 1 | 0.01 [-0.02, 0.04] points; 9 seeds | same direction | [01](notebooks/01_a.ipynb) |",
         "| It flies | B, Table 1 | - | not run | [02](notebooks/02_b.ipynb) |",
     ]
