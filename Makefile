@@ -24,7 +24,7 @@ export PYTHONUNBUFFERED := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 5000
 
-.PHONY: help named planned reproduce model test lab bench publish lint clean
+.PHONY: help named planned reproduce model test lab bench publish readme lint clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -33,7 +33,8 @@ help:
 	@echo "make test      run the tests"
 	@echo "make lab       open the notebooks in JupyterLab"
 	@echo "make bench     measure the speed"
-	@echo "make publish   copy executed laptop notebooks into notebooks/"
+	@echo "make publish   copy executed laptop notebooks into notebooks/, and their claims into data/ledger/ and README.md"
+	@echo "make readme    write README's table of claims from data/ledger/"
 	@echo "make lint      check the style"
 	@echo "make clean     remove runs/ and caches (.venv and the model stay)"
 
@@ -79,7 +80,10 @@ bench: $(READY) model
 	@for script in benchmarks/*.py; do echo "$$script"; $(PY) $$script || exit 1; done
 
 publish: $(READY)
-	@$(RUN) publish --scale laptop --root $(PROJECT)
+	@$(RUN) publish --scale $(SCALE) --root $(PROJECT); code=$$?; $(PY) -m steerkit.book.readme --root $(PROJECT) && exit $$code
+
+readme: $(READY)
+	@$(PY) -m steerkit.book.readme --root $(PROJECT)
 
 lint: $(READY)
 	@$(PY) -m ruff check .

@@ -167,7 +167,7 @@ def make(*arguments, **options) -> str:
 
 
 def test_make_knows_its_targets_and_makes_the_environment_first():
-    for target in ("reproduce", "test", "lab", "bench", "publish", "lint"):
+    for target in ("reproduce", "test", "lab", "bench", "publish", "readme", "lint"):
         plan = make("--dry-run", target, "VENV=none-yet")
         assert "-m venv none-yet" in plan and "install --quiet -r requirements.lock" in plan, target
         assert "none-yet/bin/python -m" in plan.split("touch none-yet/.ready")[1] or target == "bench"

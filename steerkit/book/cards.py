@@ -13,19 +13,43 @@ from steerkit.stats import Interval, holm
 
 @dataclass(frozen=True)
 class Card:
-    """A claim of a paper beside what we found. p: against no effect; detectable: the smallest effect that this test finds in four of
-    five cases; both only where there is a direction and an interval."""
+    """A claim of a paper beside what we found: the numbers, and all that the rule asks for. The verdict is worked out, never kept.
+
+    side: 1 or -1, on which side of `null` the paper says that it lies; 0 for a claim of no effect, which holds `within` that distance.
+    """
 
     claim: str
     paper: str
-    ours: str
-    verdict: str
-    p: float | None = None
-    detectable: float | None = None
+    ours: Interval | None = None
+    side: int = 0
+    null: float = 0.0
+    within: float | None = None
+    testable: bool = True
     note: str = ""
 
+    @property
+    def verdict(self) -> str:
+        """What `verdict` says; `not testable here` where the test cannot move."""
+        return verdict(self.ours, side=self.side, null=self.null, within=self.within) if self.testable else "not testable here"
+
+    @property
+    def tested(self) -> bool:
+        """Tell whether a direction was tested: such claims are corrected together."""
+        return self.verdict != "not testable here" and self.within is None
+
+    @property
+    def p(self) -> float | None:
+        """The p value against no effect, None where no direction was tested."""
+        return self.ours.p(self.null) if self.tested else None
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest effect that this test finds in four of five cases, None where no direction was tested."""
+        return self.ours.detectable if self.tested else None
+
     def __str__(self) -> str:
-        return f"{self.claim}: {self.verdict} (paper {self.paper} | ours {self.ours})" + (f"; {self.note}" if self.note else "")
+        said = f"{self.claim}: {self.verdict} (paper {self.paper} | ours {self.ours or '-'})"
+        return said + (f"; {self.note}" if self.note else "")
 
 
 def verdict(ours: Interval | None, *, side: float, null: float = 0.0, within: float | None = None) -> str:
@@ -71,11 +95,9 @@ def card(
     side = paper - null if side is None and not isinstance(paper, str) else side
     if testable and (side is None or (not side and within is None)):
         raise ValueError(f"card `{claim}`: expected a direction, got {paper!r}: give side (1 or -1), or within for a claim of no effect")
-    said = verdict(ours, side=side or 0, null=null, within=within) if testable else "not testable here"
-    tested = said != "not testable here" and within is None
-    size = {"p": ours.p(null), "detectable": ours.detectable} if tested else {}
     shown = paper if isinstance(paper, str) else f"{paper:.3g}"
-    return Card(claim, shown, "-" if ours is None else str(ours), said, **size, note=note)
+    way = 0 if not side else 1 if side > 0 else -1
+    return Card(claim, shown, ours, way, null, within, testable, note)
 
 
 def corrected(cards: Iterable[Card]) -> list[str]:

@@ -10,6 +10,8 @@ from steerkit.book import provenance
 from steerkit.book.closure import closure
 from steerkit.files import ROOT
 
+ALL = "*"  # what a notebook needs that comes after all others
+DATA = ("data", "!data/claims.yaml", "!data/ledger")  # of a notebook that does not say; the ledger says that it reads these two
 REASONS = {
     "notebook": "the notebook changed",
     "given": "its parameters changed",
@@ -88,7 +90,8 @@ def jobs(scale: str, *, root: Path = ROOT) -> dict[str, Job]:
 
     The file holds `figures` (a folder) and `notebooks`: name -> parameters that differ from the notebook's own. A
     notebook that the file leaves out is no part of the scale. What a notebook needs is in its own metadata, under
-    `steerkit`: `needs` (earlier notebooks) and `data` (files, folders or globs; all of data/ where it says nothing).
+    `steerkit`: `needs` (earlier notebooks; "*": all of the scale) and `data` (files, folders or globs; where it says nothing, all of
+    data/ but what the ledger alone reads).
     Raises ValueError for an unknown scale, an unknown notebook or a missing need.
     """
     path = root / "notebooks" / "scales" / f"{scale}.yaml"
@@ -105,7 +108,8 @@ def jobs(scale: str, *, root: Path = ROOT) -> dict[str, Job]:
             raise ValueError(f"{scale}.yaml names `{name}`, but there is no notebooks/{name}.ipynb")
         nb = json.loads(source.read_text(encoding="utf-8"))
         meta = nb["metadata"].get("steerkit", {})
-        needs, data = tuple(meta.get("needs", ())), tuple(meta.get("data", ("data",)))
+        needs, data = tuple(meta.get("needs", ())), tuple(meta.get("data", DATA))
+        needs = tuple(found) if ALL in needs else needs
         if missing := [need for need in needs if need not in found]:
             raise ValueError(f"{name} needs `{missing[0]}`, which is not an earlier notebook of {scale}.yaml")
         given = {"out_dir": f"runs/{scale}/{name}", "figures_dir": spec.get("figures", f"runs/{scale}/figures")} | (given or {})

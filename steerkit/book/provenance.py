@@ -26,9 +26,11 @@ def digest(value) -> str:
 def digest_files(root: Path, patterns: tuple[str, ...]) -> str:
     """Return one SHA-256 over the names and bytes of the files under `root` that match; .md files do not count.
 
-    A pattern is a glob, a file or a folder. The answer is remembered for the life of the process.
+    A pattern is a glob, a file or a folder; with ! before it, what it matches is left out. The answer is remembered for the life of
+    the process.
     """
-    found = {p for pattern in patterns for p in _files(root, pattern) if p.suffix not in {".md", ".pyc"}}
+    found = {p for pattern in patterns if pattern[0] != "!" for p in _files(root, pattern) if p.suffix not in {".md", ".pyc"}}
+    found -= {p for pattern in patterns if pattern[0] == "!" for p in _files(root, pattern[1:])}
     return digest({p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in found})
 
 

@@ -153,7 +153,7 @@ class Book:
             {
                 "claim": one.claim,
                 "paper": one.paper,
-                "ours": one.ours,
+                "ours": str(one.ours or "-"),
                 "verdict": one.verdict,
                 "after Holm": after,
                 "could be seen": "" if one.detectable is None else f"{one.detectable:.2g}",
@@ -174,8 +174,9 @@ class Book:
             "wall time": f"{time.monotonic() - self._begun:.0f} s",
             "peak memory": _peak_memory(),
         }
-        cards = [asdict(card) for card in self.cards.values()]
-        write_atomic(self.out_dir / "cards.json", json.dumps(cards, indent=1) + "\n")
+        preset = (parameters or {}).get("preset", self._preset)
+        cards = {"preset": preset, "cards": [plain(asdict(card)) for card in self.cards.values()]}
+        write_atomic(self.out_dir / "cards.json", json.dumps(cards, indent=1, allow_nan=False) + "\n")
         write_atomic(self.out_dir / "results.json", json.dumps(self.metrics, indent=1, allow_nan=False) + "\n")
         return Provenance(facts, dict(parameters or {}))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from steerkit.book import provenance
 from steerkit.book.cells import Cells
 from steerkit.book.jobs import Job, jobs, select
+from steerkit.book.ledger import ship
 from steerkit.book.parameters import check_parameters, parameters
 from steerkit.book.provenance import INJECTED, check_stamp, leaks, stamp, tags
 from steerkit.book.report import results_table
@@ -95,7 +96,7 @@ def execute(job: Job, *, overrides: dict | None = None, report: Callable[[str], 
     sources = [c.source for c in source.cells if c.cell_type == "code" and c.source.strip()]
     cells = Cells(job.name, sources, len(sources) + bool(changed), job.seconds, report)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in [*folder.glob("*.done"), *folder.glob("*.ipynb"), folder / "results.json"]:
+    for old in [*folder.glob("*.done"), *folder.glob("*.ipynb"), folder / "results.json", folder / "cards.json"]:
         old.unlink(missing_ok=True)
     write_atomic(folder / "status.json", json.dumps(record, indent=1))
     running, error = folder / f"{job.name}.running.ipynb", ""
@@ -182,13 +183,17 @@ def table(scale: str, *, root: Path = ROOT, fmt: str = "simple") -> str:
 
 
 def publish(*, root: Path = ROOT, scale: str = "laptop", max_bytes: int = 1_000_000) -> dict[str, str]:
-    """Copy executed notebooks into notebooks/; return for each name "published" or why it was refused."""
+    """Copy executed notebooks into notebooks/, and their cards into data/ledger/; return for each name "published" or why it was refused.
+
+    Of a scale with another preset, which cannot be the notebooks' own, the cards alone are kept.
+    """
     import nbformat
 
-    said = {}
-    for name, job in jobs(scale, root=root).items():
-        if job.state != "done":
-            said[name] = f"refused: {job.state}"
+    said, every = {}, jobs(scale, root=root)
+    cards_alone = any("preset" in job.given for job in every.values())
+    for name, job in every.items():
+        if job.state != "done" or cards_alone:
+            said[name] = "published" if job.state == "done" else f"refused: {job.state}"
             continue
         text = (root / job.executed).read_text()
         nb = nbformat.reads(text, 4)
@@ -200,6 +205,7 @@ def publish(*, root: Path = ROOT, scale: str = "laptop", max_bytes: int = 1_000_
         if not problems:
             write_atomic(root / job.source, text)
         said[name] = "refused: " + "; ".join(problems) if problems else "published"
+    ship(scale, [name for name, what in said.items() if what == "published"], root=root)
     return said
 
 

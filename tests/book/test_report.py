@@ -217,11 +217,14 @@ def test_close_writes_results_and_names_no_path(book, tmp_path):
     book.metric("speed", np.float32(350.0), n=1, unit="tokens/s")
     book.metric("one", Interval(0.5, float("nan"), float("nan"), 1))
     book.card("c", paper=0.4, ours=Interval(0.42, 0.38, 0.46, 90))
-    shown = book.close(parameters={"seed": 3, "layer": 13})
+    shown = book.close(parameters={"seed": 3, "layer": 13, "preset": "tiny"})
     kept = json.loads((tmp_path / "runs/results.json").read_text())
     assert kept["coherence"] == {"value": 0.42, "low": 0.38, "high": 0.46, "n": 90, "unit": "0 to 1"}
     assert kept["speed"]["low"] is None and kept["one"]["high"] is None and "0.42" in said
-    assert json.loads((tmp_path / "runs/cards.json").read_text())[0]["verdict"] == "same direction"
+    cards = json.loads((tmp_path / "runs/cards.json").read_text())
+    ours = {"value": 0.42, "low": 0.38, "high": 0.46, "n": 90, "groups": None, "df": None}
+    kept = {"claim": "c", "paper": "0.4", "ours": ours, "side": 1, "null": 0.0, "within": None, "testable": True, "note": ""}
+    assert cards == {"preset": "tiny", "cards": [kept]}, "the numbers, and no verdict that a reader could take for granted"
     assert files(tmp_path / "runs") == ["cards.json", "results.json"]
     for text in (str(shown), shown._repr_html_()):
         assert "torch" in text and "GB" in text and "layer" in text and str(tmp_path) not in text

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from steerkit.book import run
+from steerkit.book import ledger, run
 from steerkit.book.cells import Cells
 from steerkit.book.closure import closure
 from steerkit.files import check_writable, write_atomic
@@ -27,6 +27,7 @@ scales: list[float] = [0.0, 1.0]  # residual units
 out_dir: str = "runs/laptop/{name}"  # where results go
 figures_dir: str = "figures"  # where figures go"""
 OPEN = 'from steerkit.book.report import Book\nbook = Book("{name}", out_dir=out_dir, figures_dir=figures_dir)'
+CARD = 'from steerkit.stats import Interval\nbook.card("it rises", paper="up", ours=Interval(0.2, 0.1, 0.3, 9), side=1)'
 METRIC = 'book.metric("layer", layer, n=len(scales))'
 
 
@@ -176,15 +177,15 @@ def test_a_scale_file_is_checked_whole_before_the_first_notebook_runs(project, c
 def test_a_run_is_stamped_and_published_and_the_stamp_finds_every_change(project):
     where = "import os, sys\nfrom pathlib import Path\nPath(out_dir).mkdir(parents=True, exist_ok=True)\n"
     where += 'Path(out_dir, "where.txt").write_text(sys.executable + "|" + os.getcwd());'
-    root = project({"01_a": notebook("01_a", where, OPEN, METRIC, "book.close()")})
+    root = project({"01_a": notebook("01_a", where, OPEN, CARD, METRIC, "book.close({{'preset': 'tiny'}})")})
     lines = []
     record = run.execute(job(root), report=lines.append)
     assert record["status"] == "done" and job(root).state == "done" and record["leaks"] == []
-    assert [line.rsplit(" ", 2)[0] for line in lines] == [f"[01_a] cell {i}/5" for i in range(1, 6)]
+    assert [line.rsplit(" ", 2)[0] for line in lines] == [f"[01_a] cell {i}/6" for i in range(1, 7)]
     assert (root / "runs/laptop/01_a/where.txt").read_text() == f"{sys.executable}|{root.resolve()}"
     executed = nbformat.read(root / "runs/laptop/01_a/01_a.ipynb", 4)
     assert run.check_stamp(executed) == []
-    assert len(executed.cells) == 6, "nothing differs from the notebook's own values, so nothing is injected"
+    assert len(executed.cells) == 7, "nothing differs from the notebook's own values, so nothing is injected"
     assert "papermill" not in json.dumps(executed.metadata).replace('"papermill": "', "")
     assert executed.metadata.steerkit.stamp.parameters["scales"] == [0.0, 1.0]
     assert "layer" in json.loads((root / "runs/laptop/01_a/results.json").read_text())
@@ -196,7 +197,7 @@ def test_a_run_is_stamped_and_published_and_the_stamp_finds_every_change(project
 
     assert "cells changed" in after(lambda nb: nb.cells[0].update(source="# Another title"))
     assert "cells changed" in after(lambda nb: nb.cells[2].update(source="x = 2"))
-    assert "outputs changed" in after(lambda nb: nb.cells[4].outputs[0]["data"].update({"text/plain": "layer: 99"}))
+    assert "outputs changed" in after(lambda nb: nb.cells[5].outputs[0]["data"].update({"text/plain": "layer: 99"}))
     assert "not run once each" in after(lambda nb: nb.cells[4].update(execution_count=1))
     assert "no outputs" in after(lambda nb: [c.update(outputs=[], execution_count=None) for c in nb.cells if "outputs" in c])
     assert "edited by hand" in after(lambda nb: nb.metadata.steerkit.stamp.update(scale="full"))
@@ -207,10 +208,23 @@ def test_a_run_is_stamped_and_published_and_the_stamp_finds_every_change(project
     published = nbformat.read(root / "notebooks/01_a.ipynb", 4)
     assert run.check_stamp(published) == [] and published.metadata.steerkit.data == ["data/a.txt"]
     assert job(root).state == "done", "publishing changes outputs, not sources"
+    (card,) = ledger.shipped(root=root)["01_a"].cards.values()
+    assert str(card) == "it rises: same direction (paper up | ours 0.20 [0.10, 0.30], n = 9)", "its cards are kept beside it"
     published.cells[0].source = "# Another title"
     nbformat.write(published, root / "notebooks/01_a.ipynb")
     assert "cells changed" in run.check_stamp(published)[0]
     assert run.publish(root=root) == {"01_a": "refused: the notebook changed"}
+
+
+def test_of_another_preset_the_cards_alone_are_published(project):
+    lines = "preset: str = \"embedded\"  # which model\n" + PARAMETERS
+    close = "book.close({{'preset': preset}})"
+    root = project({"01_a": notebook("01_a", OPEN, CARD, METRIC, close, parameters=lines)}, large={"01_a": {"preset": "large-9b"}})
+    assert run.main(["notebook", "01", "--scale", "large", "--root", str(root)]) == 0
+    before = (root / "notebooks/01_a.ipynb").read_text()
+    assert run.publish(root=root, scale="large") == {"01_a": "published"}
+    assert ledger.shipped("large", root=root)["01_a"].preset == "large-9b" and ledger.shipped(root=root) == {}
+    assert (root / "notebooks/01_a.ipynb").read_text() == before
 
 
 def test_other_values_are_injected_and_not_published(project):
@@ -405,6 +419,21 @@ def test_the_key_follows_content_not_times(project):
     (root / "data" / "unused.txt").write_text("x")  # the notebooks say that they use data/a.txt
     assert job(root).key == before != job(root, scale="smoke").key
     assert job(root, scale="smoke").given["figures_dir"] == "runs/smoke/figures"
+
+
+def test_the_ledger_comes_last_and_what_it_alone_reads_reruns_nothing_else(project):
+    every = {"01_a": notebook("01_a", "1"), "02_b": notebook("02_b", "1"), "09_l": notebook("09_l", "1", needs=["*"])}
+    del every["02_b"].metadata["steerkit"]["data"]  # all of data/
+    every["09_l"].metadata["steerkit"]["data"] = ["data/claims.yaml", "data/ledger", "!data/ledger/laptop.json"]
+    root = project(every, small={"02_b": None, "09_l": None})
+    for path in ("claims.yaml", "ledger/laptop.json", "ledger/other.json", "b.txt"):
+        write_atomic(root / "data" / path, "x")
+    assert [run.jobs(scale, root=root)["09_l"].needs for scale in ("laptop", "small")] == [("01_a", "02_b"), ("02_b",)]
+    more = lambda text: text + "more"  # noqa: E731
+    assert stale(root, "data/ledger/laptop.json", more) == set(), "publishing makes nothing stale"
+    for path in ("data/claims.yaml", "data/ledger/other.json"):
+        assert stale(root, path, more) == {"09_l"}
+    assert stale(root, "data/b.txt", more) == {"02_b", "09_l"} and stale(root, "data/a.txt", more) == {"01_a", "02_b", "09_l"}
 
 
 def reworded(text):
