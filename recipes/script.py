@@ -1,8 +1,8 @@
 """A notebook's code cells as a plain script, for a GPU machine without Jupyter: `python -m recipes.script 07 --set "seeds: [0]"`.
 
 Runs every cell in order in this process, with a scale's parameters and those of `--set`; files appear as in a notebook's run, and finished
-parts resume. Processes with a part each share a run: one seed of 07, one of 06's `own_layers` (with the same `out_dir`); the run of
-the whole then joins what they left. `--saes` reads SAEs from a folder, without sae_lens.
+parts resume. A long run can be divided: one seed of 07 or one of 06's `own_layers` a process, each with an `out_dir` of its own;
+data/results/README.md says how they are put together. `--saes` reads SAEs from a folder, without sae_lens.
 """
 
 import argparse

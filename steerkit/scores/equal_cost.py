@@ -41,12 +41,10 @@ def scales_at(
     points, most = np.asarray(grid, dtype=float), max(map(float, rises))
     rise, active = np.zeros((len(vectors), len(grid))), np.arange(len(vectors))
     clean = float(steered_losses(at, texts, vectors[:1], [0.0]).mean())
-    for k, scale in enumerate(grid[1:], 1):  # a vector climbs until it has cost the most that is asked for
-        rise[:, k] = rise[:, k - 1]
+    for k, scale in enumerate(grid[1:], 1):  # a vector climbs until it has cost the most that is asked for; what lies beyond is not read
         rise[active, k] = steered_losses(at, texts, vectors[active], [float(scale)])[:, 0].mean(-1) - clean
         active = active[rise[active, k] < most]
         if not len(active):
-            rise[:, k:] = rise[:, [k]]
             break
     return np.array([[at_level(points, row, points, float(r)) for r in rises] for row in rise])
 
